@@ -1,0 +1,92 @@
+"""`python -m llm COMMAND`: what a user does beside training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def prepare(arguments: Sequence[str]) -> None:
+    """Make the tokenizer and the token cache that `python train.py` with the same overrides will use."""
+    parser = argparse.ArgumentParser("python -m llm prepare", description=prepare.__doc__)
+    parser.add_argument("--list", action="store_true", help="show what the cache holds, and make nothing")
+    parser.add_argument("--clean", action="store_true", help="empty the cache")
+    options, overrides = parser.parse_known_args(list(arguments))
+    from llm.run import prepare as prepare_data
+
+    prepare_data(_compose(overrides), list_cache=options.list, clean_cache=options.clean)
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Continue prompts with the model of a run."""
+    parser = argparse.ArgumentParser("python -m llm generate", description=generate.__doc__)
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
+    parser.add_argument("--prompt", action="append", help="text to go on from; may be given several times")
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top-k", type=int, default=None, help="draw from the k likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="draw from the likeliest tokens with this probability"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(list(arguments))
+    import torch
+
+    from llm.checkpoint import load
+    from llm.generate import generate as continue_tokens
+
+    model, tokenizer = load(options.run)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = model.embed.weight.device
+    generator = torch.Generator(device).manual_seed(options.seed)
+    for prompt in options.prompt or [""]:
+        ids = [tokenizer.eot_id, *(int(token) for token in tokenizer.encode(prompt))]
+        tokens = continue_tokens(
+            model,
+            torch.tensor([ids], device=device),
+            options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            eos_id=tokenizer.eot_id,
+            generator=generator,
+        )
+        print(tokenizer.decode(tokens[0, 1:].tolist()))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "generate": generate}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a command; mistakes of the user's are one line and an exit code, as for train.py."""
+    if not arguments or arguments[0] not in COMMANDS:
+        lines = [f"  {name:<10}{function.__doc__}" for name, function in COMMANDS.items()]
+        print("usage: python -m llm COMMAND …\n" + "\n".join(lines), file=sys.stdout if not arguments else sys.stderr)
+        sys.exit(64 if arguments and arguments[0] not in ("-h", "--help") else 0)
+    from llm.exit import guarded
+
+    with guarded():
+        COMMANDS[arguments[0]](arguments[1:])
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    """The configuration that train.py would run with these overrides."""
+    from llm.config import ConfigError, check_overrides, register
+
+    register()
+    cfg = check_overrides(overrides, CONF)
+    if cfg is None:
+        raise ConfigError([f"{' '.join(overrides)}: is for train.py - give key=value overrides only"])
+    return cfg
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

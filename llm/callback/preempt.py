@@ -1,0 +1,62 @@
+"""A run that is told to go saves first."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from llm.callback.checkpoint import save_step
+
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+
+
+class Preempted(Exception):
+    """The run was told to stop, and saved. `exit_code` is 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Preempt(Callback):
+    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once.
+
+    The handler only sets a flag: saving inside a signal handler is what makes stock trainers hang.
+    """
+
+    def __init__(self) -> None:
+        self._received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals over from Lightning, whose handlers save and synchronise inside the handler."""
+        self._owner = os.getpid()
+        self._previous = {number: signal.signal(number, self._note) for number in _EXIT_CODES}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and leave, at the one place where a run can be continued exactly."""
+        if self._received is not None:
+            path = save_step(trainer)
+            raise Preempted(
+                f"{self._received.name}: saved {path}; the same command continues it", _EXIT_CODES[self._received]
+            )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a forked loader worker inherits the handler, not the duty
+            return
+        if self._received is signal.SIGINT and number == signal.SIGINT:
+            os._exit(130)
+        self._received = signal.Signals(number)

@@ -1,0 +1,55 @@
+"""The run's own account: `metrics.jsonl`, and the same as CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import lightning as L
+
+Row = dict[str, float]
+
+
+class Record:
+    """Rows of numbers in `RUN/metrics.jsonl`, appended as they come; readable while the run goes on."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.path = Path(run_dir) / "metrics.jsonl"
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> Record:
+        """The record of the run that `trainer` trains."""
+        return cls(trainer.default_root_dir)
+
+    def append(self, row: Row) -> None:
+        """Add one row; a reader sees it whole."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self) -> list[Row]:
+        """All rows so far; a last line that a crash cut short is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`: a resumed run writes them again."""
+        rows = self.rows()
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows) or (self.path.exists() and not self.path.read_text().endswith("\n")):
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(temporary, self.path)
+
+    def export_csv(self) -> None:
+        """`metrics.csv`: one column for every name that occurs, empty where a row has no such value."""
+        rows = self.rows()
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        with open(self.path.with_suffix(".csv"), "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)

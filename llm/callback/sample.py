@@ -1,0 +1,84 @@
+"""Text from the model while it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import lightning as L
+import torch
+from annotated_types import Ge, Gt, Interval
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+
+from llm.generate import generate
+from llm.objective import Objective
+
+
+class Sample(Callback):
+    """Continue a few prompts after every validation, into `RUN/samples.txt` and the loggers.
+
+    Draws from a generator of its own, seeded by the step: the run's generators, and so its losses, are not touched.
+
+    Args:
+        prompts: texts to go on from; an empty one starts a document.
+        max_new_tokens: length of each continuation.
+        temperature: 0 takes the likeliest token.
+        top_k: draw from the k likeliest tokens; null from all.
+        top_p: draw from the smallest set of tokens that has this probability; null from all.
+        seed: of the generator, together with the step.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        max_new_tokens: Annotated[int, Gt(0)] = 100,
+        temperature: Annotated[float, Ge(0)] = 0.8,
+        top_k: Annotated[int, Gt(0)] | None = None,
+        top_p: Annotated[float, Interval(gt=0, le=1)] | None = 0.95,
+        seed: int = 0,
+    ) -> None:
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.temperature = temperature
+        self.top_k = top_k
+        self.top_p = top_p
+        self.seed = seed
+        self.texts: list[str] = []  # the newest samples, prompts included
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sample, and add to the file."""
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, Objective)
+        self.texts = self._continue_prompts(trainer, pl_module)
+        with open(Path(trainer.default_root_dir) / "samples.txt", "a") as file:
+            for number, text in enumerate(self.texts, 1):
+                file.write(f"==== step {trainer.global_step}, sample {number} ====\n{text}\n\n")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                rows = [[trainer.global_step, text] for text in self.texts]
+                logger.log_text("samples", columns=["step", "text"], data=rows, step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                for number, text in enumerate(self.texts, 1):
+                    logger.experiment.add_text(f"sample/{number}", f"```\n{text}\n```", trainer.global_step)
+
+    def _continue_prompts(self, trainer: L.Trainer, objective: Objective) -> list[str]:
+        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        generator = torch.Generator(objective.device).manual_seed(self.seed + trainer.global_step)
+        texts = []
+        for prompt in self.prompts:
+            ids = [tokenizer.eot_id, *(int(token) for token in tokenizer.encode(prompt))]
+            with trainer.precision_plugin.forward_context():
+                tokens = generate(
+                    objective.network,
+                    torch.tensor([ids], device=objective.device),  # [1, T]
+                    self.max_new_tokens,
+                    temperature=self.temperature,
+                    top_k=self.top_k,
+                    top_p=self.top_p,
+                    eos_id=tokenizer.eot_id,
+                    generator=generator,
+                )
+            texts.append(tokenizer.decode(tokens[0, 1:].tolist()))
+        return texts

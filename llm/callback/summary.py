@@ -1,0 +1,126 @@
+"""What a run leaves behind when it is done: `summary.json`, `loss.png`, and a table for the person who waited."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from llm.callback.metrics import metrics_of
+from llm.callback.plot import plot_run
+from llm.callback.record import Record
+from llm.callback.sample import Sample
+from llm.metric import gzip_bits_per_byte, unigram_bits_per_byte
+from llm.objective import Objective
+
+_PACKAGES = ("torch", "lightning", "hydra-core", "datasets", "tokenizers", "wandb")
+_CONTENTS = {
+    "config.yaml": "every setting, resolved",
+    "metrics.jsonl": "one row a flush (also metrics.csv)",
+    "loss.png": "the curves",
+    "samples.txt": "generated text",
+    "summary.json": "this table",
+    "checkpoints": "newest weights and state",
+    "tokenizer": "opens with transformers too",
+    "tensorboard": "tensorboard --logdir RUN",
+    "wandb": "offline run: wandb sync RUN/wandb/offline-run-*",
+}
+
+
+class Summary(Callback):
+    """Write and print how the run ended, beside baselines that need no model: byte unigram and gzip of the held-out text."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the wall clock."""
+        self._start_s = time.monotonic()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write, draw and print."""
+        assert isinstance(pl_module, Objective)
+        if trainer.is_global_zero:
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: L.Trainer, objective: Objective) -> None:
+        run_dir = Path(trainer.default_root_dir)
+        metrics = metrics_of(trainer)
+        if metrics is not None:
+            metrics.flush(trainer, objective)
+        rows = Record.of(trainer).rows()
+        summary = {
+            "steps": trainer.global_step,
+            "tokens": metrics.tokens if metrics else None,
+            "wall_s": round(time.monotonic() - self._start_s, 3),
+            "tokens_per_s": metrics.tokens / metrics.train_s if metrics and metrics.train_s else None,
+            "parameters": objective.network.n_parameters(),
+            **{name: _last(rows, name) for name in ("train/loss", "val/loss", "val/bits_per_byte")},
+            "baselines": _baselines(trainer),
+            "commit": commit(),
+            "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
+        }
+        (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        plot_run(rows, summary["baselines"], run_dir / "loss.png")
+        samples = next((callback.texts for callback in trainer.callbacks if isinstance(callback, Sample)), [])
+        _print(summary, samples, run_dir)
+
+
+def commit() -> str | None:
+    """The commit of the code, with `-dirty` if files differ from it; None outside a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _last(rows: list[dict[str, float]], name: str) -> float | None:
+    return next((row[name] for row in reversed(rows) if name in row), None)
+
+
+def _baselines(trainer: L.Trainer) -> dict[str, float]:
+    texts = list(trainer.datamodule.val_texts())  # type: ignore[attr-defined]
+    if not texts:
+        return {}
+    return {
+        "unigram/bits_per_byte": unigram_bits_per_byte(texts),
+        "gzip/bits_per_byte": gzip_bits_per_byte(texts),
+    }
+
+
+def _print(summary: dict[str, Any], samples: list[str], run_dir: Path) -> None:
+    """The result beside the baselines, the samples, and where everything lies."""
+    console = Console(soft_wrap=False)
+    for number, text in enumerate(samples, 1):
+        console.print(Panel(Text(text), title=f"sample {number}", border_style="dim"))
+    table = Table("held-out text", "bits per byte", title=_headline(summary))
+    for name, value in summary["baselines"].items():
+        table.add_row(name.removesuffix("/bits_per_byte"), f"{value:.3f}")
+    table.add_row("[bold]this model[/bold]", f"[bold]{_number(summary['val/bits_per_byte'], '.3f')}[/bold]")
+    console.print(table)
+    console.print(f"Everything lies in {run_dir.resolve()}:", highlight=False, soft_wrap=True)
+    for name, what in _CONTENTS.items():
+        if (run_dir / name).exists():
+            console.print(f"  {name:<14}{what}", highlight=False, soft_wrap=True)
+
+
+def _headline(summary: dict[str, Any]) -> str:
+    return (
+        f"{summary['parameters']:,} parameters, {summary['steps']:,} steps, {_number(summary['tokens'], ',')} tokens, "
+        f"{summary['wall_s']:.0f} s, {_number(summary['tokens_per_s'], ',.0f')} tokens/s, "
+        f"validation loss {_number(summary['val/loss'], '.4f')}"
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)

@@ -1,0 +1,147 @@
+"""Hydra's refusals in our words, with the nearest right key."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from hydra._internal.config_repository import IConfigRepository
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llm.config import habit
+from llm.config.check import keys
+from llm.config.mistake import did_you_mean, line, nearest
+from llm.config.schema import Run
+from llm.config.target import TargetError, resolve, signature
+
+_ROOT = [field.name for field in fields(Run)]
+
+
+class Explainer:
+    """Words for what went wrong, given the files that could have been meant."""
+
+    def __init__(self, repository: IConfigRepository) -> None:
+        self.repository = repository
+
+    def syntax(self, text: str, error: Exception) -> str:
+        """An override that Hydra's grammar does not read."""
+        if "=" not in text and not text.startswith("~"):
+            return line(text, "", "is no key=value", f"write {text}=…" if re.match(r"[a-z_+]", text) else "write key=value")
+        key, _, value = text.partition("=")
+        if re.search(r"\s", key):
+            return line(text, "", "has a space in its key", f"write {''.join(key.split())}={value.strip()}")
+        reason = str(error).strip().splitlines()[0]
+        return line(key, value, f"cannot be read ({reason})", f"""quote it: '{key}="{value}"'""")
+
+    def choice(self, override: Override) -> str | None:
+        """What is wrong with `group=option`, if anything is."""
+        group, value = override.key_or_group, override.value()
+        if override.is_delete():
+            return None
+        options = self.options(group)
+        given = value if isinstance(value, list) else [value]
+        wrong = [o for o in given if not isinstance(o, str) or not self.repository.config_exists(f"{group}/{o}")]
+        if not wrong or (value is None and group == "experiment"):
+            return None
+        close = did_you_mean([f"{group}={option}" for option in nearest(str(wrong[0]), options)])
+        listed = f"there are {', '.join(options)}" if options else "there are none"
+        return line(group, str(wrong[0]), "no such choice", f"{close} {listed}".strip())
+
+    def options(self, group: str) -> list[str]:
+        """The choices of a group, those in folders under it included."""
+        direct = self.repository.get_group_options(group, ObjectType.CONFIG)
+        folders = self.repository.get_group_options(group, ObjectType.GROUP)
+        return [*direct, *(f"{folder}/{name}" for folder in folders for name in self.options(f"{group}/{folder}"))]
+
+    def value(self, override: Override, cfg: DictConfig, error: Exception) -> str:
+        """An override that does not fit the composed configuration."""
+        key, text = override.key_or_group, str(override.input_line)
+        _, _, value = text.partition("=")
+        if override.package is not None:
+            return line(f"{key}@{override.package}", value, "no such group", did_you_mean(nearest(key, _ROOT)))
+        present = _present(cfg, key)
+        if override.is_add() and present:
+            return line(key, value, "is there already", f"write {text.lstrip('+')}")
+        if not present:
+            return self.unknown(override, cfg, value)
+        cause = error.__cause__ or error.__context__ or error
+        return line(key, value, str(cause if str(cause).strip() else error).strip().splitlines()[0])
+
+    def unknown(self, override: Override, cfg: DictConfig, value: str) -> str:
+        """A key that does not exist: what it is called here, or the nearest that do."""
+        key, last = override.key_or_group, override.key_or_group.rpartition(".")[2]
+        existing = [name for name in keys(cfg) if name in _ROOT or not _refers(cfg, name)]
+        if not override.is_delete():
+            if key in (last, f"trainer.{last}") and last in habit.HABITS and habit.ELSEWHERE.get(last) not in existing:
+                return line(key, value, habit.HABITS[last].rule, habit.HABITS[last].remedy)
+            if (meant := habit.ELSEWHERE.get(last)) in existing:
+                return line(key, value, "no such key", f"did you mean {meant}?")
+            if last in (takes := self.arguments(cfg, key.rpartition(".")[0])):
+                return line(key, value, "is not spelt in YAML", f"write +{key}={value}")
+        else:
+            takes = []
+        parent = key.rpartition(".")[0]
+        return line(key, value, "no such key", did_you_mean(_closest(key, existing, [f"{parent}.{name}" for name in takes])))
+
+    def arguments(self, cfg: DictConfig, parent: str) -> list[str]:
+        """What the class of a node takes; nothing where there is no such node."""
+        node = OmegaConf.select(cfg, parent) if parent and _present(cfg, parent) else None
+        if not isinstance(node, DictConfig) or "_target_" not in node:
+            return []
+        packages = [p for p in OmegaConf.select(cfg, "packages", default=[]) or [] if isinstance(p, str)]
+        try:
+            return list(signature(resolve(node["_target_"], packages)).parameters)
+        except (TargetError, OmegaConfBaseException):
+            return []
+
+    def file(self, error: Exception, culprit: str) -> list[str]:
+        """A YAML file that does not compose; all root keys that it misspells."""
+        text = str(error).strip()
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            mark = error.problem_mark
+            return [line(f"{mark.name}:{mark.line + 1}", "", f"is no YAML: {error.problem}")]
+        path = re.match(r"In '([^']+)'", text)
+        if path and "not in 'Run'" in text:
+            loaded = self.repository.load_config(path[1])
+            names = list(loaded.config) if loaded is not None and isinstance(loaded.config, DictConfig) else []
+            wrong = [str(name) for name in names if name not in (*_ROOT, "defaults", "hydra")]
+            if wrong:
+                return [line(f"{path[1]}.yaml", w, "no such key", did_you_mean(nearest(w, _ROOT))) for w in wrong]
+        parts = [part.strip() for part in text.splitlines() if part.strip()]
+        search = next((n for n, part in enumerate(parts) if part.startswith("Config search path")), len(parts))
+        return [line(culprit, "", " ".join(parts[:search]))]
+
+
+def _present(cfg: DictConfig, key: str) -> bool:
+    """Whether a key is written, whatever its value."""
+    parent, _, last = key.rpartition(".")
+    try:
+        node: Any = OmegaConf.select(cfg, parent) if parent else cfg
+    except OmegaConfBaseException:
+        return False
+    return isinstance(node, DictConfig) and not node._is_none() and not node._is_missing() and last in node.keys()
+
+
+def _refers(cfg: DictConfig, key: str) -> bool:
+    """Whether a key only repeats another one's value, or is Hydra's."""
+    parent, _, last = key.rpartition(".")
+    return key.split(".")[0] == "hydra" or OmegaConf.is_interpolation(OmegaConf.select(cfg, parent) if parent else cfg, last)
+
+
+def _closest(key: str, existing: list[str], arguments: list[str]) -> list[str]:
+    """The right keys nearest to a wrong one: the same name elsewhere, a neighbour, then any."""
+    parent, _, last = key.rpartition(".")
+    if same := [name for name in existing if name.rpartition(".")[2] == last]:
+        return same[:3]
+    beside = [name for name in existing if name.rpartition(".")[0] == parent]
+    if close := nearest(key, [*beside, *arguments]) if parent else nearest(key, beside):
+        return close
+    if close := nearest(key, existing):
+        return close
+    by_last = {name.rpartition(".")[2]: name for name in reversed(existing)}
+    return [by_last[word] for word in nearest(last, by_last, n=2)]

@@ -1,0 +1,32 @@
+"""What the user is told: one line per mistake, all of them at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class ConfigError(ValueError):
+    """The configuration does not fit the code. `mistakes` holds one line each: `key: value - rule - remedy`."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        self.mistakes = list(dict.fromkeys(mistakes))
+        n = len(self.mistakes)
+        header = f"{n} mistake{'s' if n > 1 else ''} in the configuration, nothing was started:"
+        super().__init__("\n".join([header, *(f"  {mistake}" for mistake in self.mistakes)]))
+
+
+def line(key: str, value: str, rule: str, remedy: str = "") -> str:
+    """One mistake as it is printed; a part that is empty is left out."""
+    text = " - ".join(part for part in (value, rule, remedy) if part)
+    return f"{key}: {text}" if text else key
+
+
+def nearest(word: str, words: Iterable[str], n: int = 1, cutoff: float = 0.6) -> list[str]:
+    """The right words closest to a misspelt one, best first."""
+    return difflib.get_close_matches(word, list(dict.fromkeys(words)), n=n, cutoff=cutoff)
+
+
+def did_you_mean(words: Sequence[str]) -> str:
+    """`did you mean a or b?`, or nothing."""
+    return f"did you mean {' or '.join(words)}?" if words else ""

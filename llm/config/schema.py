@@ -1,0 +1,91 @@
+"""The root of a run's configuration, and the id that names the run."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Lt, MinLen
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import MISSING, OmegaConf
+
+RUN_ID = "LLM_RUN_ID"
+
+
+@dataclass
+class Run:
+    """Everything a run consists of. A key that is not here fails where it is written: in a file or on the command line.
+
+    The scalars are `Any` so that OmegaConf neither converts nor refuses them: `SCALARS` says what they may be, and the
+    check reports them together with every other mistake.
+    """
+
+    model: dict[str, Any] = MISSING
+    tokenizer: dict[str, Any] = MISSING
+    data: dict[str, Any] = MISSING
+    objective: dict[str, Any] = MISSING
+    optimizer: dict[str, Any] = MISSING
+    schedule: dict[str, Any] = MISSING
+    strategy: dict[str, Any] = MISSING
+    callback: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = MISSING
+    seed: Any = 0
+    stage: Any = "fit"
+    run_name: Any = "${run_id:}"
+    run_dir: Any = "runs/${run_name}"
+    resume: Any = "auto"
+    init_from: Any = None
+    packages: Any = field(default_factory=list)
+
+
+NODES = ("model", "tokenizer", "data", "objective", "optimizer", "schedule", "strategy", "trainer")
+NODE_DICTS = ("callback", "logger")
+SCALARS: dict[str, Any] = {
+    "seed": Annotated[int, Ge(0), Lt(2**32)],  # NumPy takes no more than 32 bits
+    "stage": Literal["fit", "validate", "test"],
+    "run_name": Annotated[str, MinLen(1)],
+    "run_dir": Annotated[str, MinLen(1)],
+    "resume": Annotated[str, MinLen(1)],
+    "init_from": str | None,
+    "packages": list[str],
+}
+
+
+def register() -> None:
+    """Make the schema known to Hydra as `run`, and `${run_id:}` to OmegaConf. Calling it again changes nothing."""
+    ConfigStore.instance().store(name="run", node=Run)
+    OmegaConf.register_new_resolver("run_id", _run_id_of_job, replace=True)
+
+
+def run_id() -> str:
+    """The id of this run: LLM_RUN_ID, else the SLURM job (an array's task has its own), else the time and four random hex.
+
+    A made id is put into the environment, so that processes started from here belong to the same run.
+    """
+    given = os.environ.get(RUN_ID) or _slurm_job()
+    if given:
+        return given
+    made = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
+    os.environ[RUN_ID] = made
+    return made
+
+
+def _slurm_job() -> str | None:
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def _run_id_of_job(level: str = "job") -> str:
+    """`${run_id:}`: the run id, and in a sweep the job's number below it; `${run_id:sweep}`: what all jobs share."""
+    if level == "sweep" or not HydraConfig.initialized():
+        return run_id()
+    config = HydraConfig.get()
+    if config.mode != RunMode.MULTIRUN or OmegaConf.is_missing(config.job, "num"):
+        return run_id()
+    return f"{run_id()}/{config.job.num}"

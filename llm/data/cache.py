@@ -1,0 +1,155 @@
+"""Folders that are made once: each is named by what went into it, appears whole or not at all, and is checked when found."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+META = "meta.json"
+_OURS = re.compile(r"(?P<kind>tokenizer|tokens|rows)-[0-9a-f]{16}(?P<rest>\.lock|\.tmp-(?P<host>[^ ]+)-(?P<pid>\d+)-[0-9a-f]{8})?")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One finished folder: its path, what it says about itself, and its size in bytes."""
+
+    path: Path
+    meta: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return self.path.name.split("-")[0]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(self.meta["files"].values())
+
+
+def cached(root: Path, kind: str, key: str, build: Callable[[Path], dict[str, Any]]) -> Cache:
+    """The folder `root/kind-key`, built by `build(folder) -> meta` unless an intact one is there.
+
+    It is built under another name and renamed when complete, so that a killed process leaves nothing that could be taken for
+    it; of two processes one builds and the other waits (or, where the file system has no locks, the first rename wins).
+    Raises OSError naming data.cache_dir when the place cannot be written.
+    """
+    final = root / f"{kind}-{key}"
+    found = _intact(final)
+    if found is not None:
+        return found
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _locked(root / f"{kind}-{key}.lock"):
+            found = _intact(final)
+            return _build(final, build) if found is None else found
+    except OSError as error:
+        if error.filename is not None and not str(error.filename).startswith(str(root)):
+            raise  # a source that cannot be read, not the cache
+        raise OSError(
+            error.errno, f"data.cache_dir={root}: {error.strerror or error}; free some space or set another data.cache_dir"
+        ) from error
+
+
+def caches(root: Path) -> list[Cache]:
+    """Every intact cache below `root`, by name."""
+    folders = sorted(path for path in root.glob("*-*") if _OURS.fullmatch(path.name) and path.is_dir())
+    return [found for found in map(_intact, folders) if found is not None]
+
+
+def remove_caches(root: Path) -> int:
+    """Delete everything below `root` that this module made, left-overs of killed processes included; returns the bytes freed.
+
+    Other files in `root` stay.
+    """
+    freed = 0
+    for path in sorted(root.glob("*-*")):
+        if _OURS.fullmatch(path.name):
+            inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+            freed += sum(file.stat().st_size for file in inside)
+            _remove(path)
+    return freed
+
+
+def _intact(folder: Path) -> Cache | None:
+    """The cache in `folder` if every file of its meta.json is there in full; None, with a message, if it is damaged."""
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+        wrong = [name for name, size in meta["files"].items() if (folder / name).stat().st_size != size]
+        if not wrong:
+            return Cache(folder, meta)
+        reason = f"{wrong[0]} is not {meta['files'][wrong[0]]} bytes long"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not folder.exists():
+            return None
+        reason = str(error)
+    _log.warning("%s: damaged cache (%s): making it again", folder, reason)
+    return None
+
+
+def _build(final: Path, build: Callable[[Path], dict[str, Any]]) -> Cache:
+    _sweep(final)
+    temporary = final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    try:
+        meta = build(temporary)
+        meta["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+        (temporary / META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+        for file in temporary.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())  # a right size must mean right contents, also after a power cut
+        if final.exists() and _intact(final) is None:
+            _remove(final)
+        try:
+            temporary.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # Someone was faster, which only happens without locks; theirs holds the same.
+    finally:
+        if temporary.exists():
+            _remove(temporary)
+    found = _intact(final)
+    assert found is not None, f"{final} vanished while it was being made"
+    return found
+
+
+def _sweep(final: Path) -> None:
+    """Remove what killed processes of this machine left behind of the same folder."""
+    for path in final.parent.glob(f"{final.name}.tmp-*"):
+        match = _OURS.fullmatch(path.name)
+        if match and match["host"] == socket.gethostname() and not Path(f"/proc/{match['pid']}").exists():
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that ends with the process. Where the file system has none, go on without: the rename decides."""
+    import fcntl
+
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _log.warning("%s: another process is making this; waiting for it", path.with_suffix(""))
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.info("%s: no lock here (%s)", path, error.strerror)
+        yield

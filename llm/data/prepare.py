@@ -1,0 +1,271 @@
+"""Text -> tokenizer -> token files -> rows, each made once, kept under a fingerprint of what went into it, and memory-mapped.
+
+A document is stored as end-of-text + tokens + end-of-text, so one of n tokens has n + 1 inputs and n + 1 labels, and cutting
+it anywhere loses no prediction: the label of one piece's last input is the first input of the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from llm.data.cache import Cache, cached
+from llm.data.pack import BLOCK, pack
+from llm.data.source import DataError, Source, digest
+from llm.tokenizer import Tokenizer
+
+# Raised whenever the files or the way to them change: older caches are then made anew.
+FORMAT = 1
+# What the tokenizer is trained on, in characters: BPE merges of a few thousand entries are settled long before.
+_SAMPLE = 10_000_000
+# How far into each source the sample reaches.
+_SAMPLE_REACH = 1 << 30
+# Texts encoded at once: enough to keep every core busy, little enough to hold a few times in memory.
+_CHUNK_CHARACTERS = 1 << 22
+_CHUNK_DOCUMENTS = 1 << 13
+_log = logging.getLogger(__name__)
+
+
+class Recipe(Protocol):
+    """What `conf/tokenizer` builds: a frozen dataclass of llm.tokenizer."""
+
+    needs_text: ClassVar[bool]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def build(self, texts: Iterable[str]) -> Tokenizer: ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """Which documents of a token file belong to a split: every `every`-th is held out; None takes all."""
+
+    every: int | None = None
+    out: bool = False
+
+    def select(self, n_documents: int) -> np.ndarray:
+        """bool [n_documents]"""
+        if self.every is None:
+            return np.ones(n_documents, bool)
+        return (np.arange(1, n_documents + 1) % self.every == 0) == self.out
+
+
+@dataclass
+class Rows:
+    """One split of one source, ready to read. Picklable: a process that receives it maps the files anew."""
+
+    tokens_cache: Cache
+    rows_cache: Cache
+    max_length: int
+
+    def __len__(self) -> int:
+        return self.rows_cache.meta["rows"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("tokens_cache", "rows_cache", "max_length")}
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """uint16 or uint32: all documents of the source, one after the other."""
+        return _map(self.tokens_cache, "tokens.bin", self.tokens_cache.meta["dtype"])
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return _map(self.rows_cache, "starts.bin", "int64")
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        return _map(self.rows_cache, "lengths.bin", "int32")
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        return _map(self.rows_cache, "ends.bin", "int64")
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each document of this split, without the ends of text around them."""
+        bounds = _map(self.tokens_cache, "documents.bin", "int64")
+        held = Held(**self.rows_cache.meta["held"])
+        for index in np.flatnonzero(held.select(len(bounds) - 1)).tolist():
+            yield self.tokens[bounds[index] + 1 : bounds[index + 1] - 1]
+
+
+def prepare_tokenizer(recipe: Recipe, sources: Mapping[str, Source], val_every: int | None, root: Path) -> Tokenizer:
+    """Build the tokenizer, or find the one trained before on the same text; only training documents are looked at."""
+    if not recipe.needs_text:
+        return recipe.build(())
+    origin = [(source.fingerprint(), source.weight, source.validation() is None and val_every) for source in sources.values()]
+    key = digest(FORMAT, type(recipe).__name__, sorted(asdict(recipe).items()), origin, _SAMPLE)  # type: ignore[call-overload]
+
+    def build(folder: Path) -> dict[str, Any]:
+        started = time.monotonic()
+        tokenizer = recipe.build(sample(sources, val_every))
+        tokenizer.save(folder)
+        return {"vocab_size": tokenizer.vocab_size, "seconds": round(time.monotonic() - started, 2)}
+
+    return Tokenizer.load(cached(root, "tokenizer", key, build).path)
+
+
+def sample(sources: Mapping[str, Source], val_every: int | None, n_characters: int = _SAMPLE) -> Iterator[str]:
+    """Training documents spread over the sources, their shares of the characters as their weights."""
+    total = sum(source.weight for source in sources.values())
+    for name, source in sources.items():
+        texts = _training(source, val_every)
+        yield from _thinned(texts, round(n_characters * source.weight / total), name)
+
+
+def _training(source: Source, val_every: int | None) -> Iterator[str]:
+    texts = (text for text in source.documents() if text)
+    every = None if source.validation() is not None else val_every
+    return (text for index, text in enumerate(texts, 1) if every is None or index % every)
+
+
+def _thinned(texts: Iterator[str], n_characters: int, name: str) -> list[str]:
+    """Every k-th text, k being the power of two that keeps them within `n_characters`; one pass, bounded memory."""
+    kept: list[str] = []
+    stride, size, reach = 1, 0, 0
+    for index, text in enumerate(texts):
+        reach += len(text)
+        if reach > _SAMPLE_REACH:
+            break
+        if index % stride:
+            continue
+        kept.append(text[:n_characters])  # one huge document must not be all there is
+        size += len(kept[-1])
+        while size > n_characters and len(kept) > 1:
+            kept = kept[::2]
+            stride *= 2
+            size = sum(map(len, kept))
+    if not kept:
+        raise DataError(f"data source {name!r} has no training documents")
+    return kept
+
+
+def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path) -> Cache:
+    """Every document of `source` as tokens: tokens.bin, and documents.bin (int64, where each begins, and the end)."""
+    key = digest(FORMAT, source.fingerprint(), tokenizer.fingerprint)
+    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
+
+    def build(folder: Path) -> dict[str, Any]:
+        started = reported = time.monotonic()
+        content = hashlib.sha256()
+        n_tokens = n_documents = n_bytes = n_empty = 0
+        with (folder / "tokens.bin").open("wb") as tokens, (folder / "documents.bin").open("wb") as documents:
+            for texts, encoded, empty in _encoded(source.documents(), tokenizer):
+                flat, sizes = _joined(encoded, tokenizer.eot_id, dtype)
+                bounds = n_tokens + np.cumsum(sizes) - sizes
+                tokens.write(flat.data)
+                documents.write(bounds.data)
+                content.update(flat.data)
+                content.update(bounds.data)
+                n_tokens, n_documents, n_empty = n_tokens + len(flat), n_documents + len(texts), n_empty + empty
+                n_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+                if time.monotonic() - reported > 10:
+                    reported = time.monotonic()
+                    speed = n_bytes / 1e6 / (reported - started)
+                    _log.info("%s: %d documents, %.2f GB tokenised, %.1f MB/s", name, n_documents, n_bytes / 1e9, speed)
+            documents.write(np.int64(n_tokens).data)
+        if n_documents == 0:
+            raise DataError(f"data source {name!r} has no documents: all {n_empty} of them are empty")
+        return {
+            "source": name,
+            "dtype": dtype.name,
+            "documents": n_documents,
+            "empty": n_empty,
+            "tokens": n_tokens - 2 * n_documents,
+            "bytes": n_bytes,
+            "content": content.hexdigest()[:16],
+            "seconds": round(time.monotonic() - started, 2),
+        }
+
+    return cached(root, "tokens", key, build)
+
+
+def prepare_rows(name: str, tokens: Cache, held: Held, max_length: int, root: Path) -> Rows:
+    """The documents of one split of a token file in rows of `max_length`: starts.bin, lengths.bin, ends.bin (see Packed)."""
+    key = digest(FORMAT, tokens.path.name, tokens.meta["content"], held, max_length, BLOCK)
+
+    def build(folder: Path) -> dict[str, Any]:
+        bounds = _map(tokens, "documents.bin", "int64")
+        chosen = held.select(len(bounds) - 1)
+        starts, lengths = bounds[:-1][chosen], np.diff(bounds)[chosen] - 1
+        n_rows = n_pieces = n_cut = 0
+        with (
+            (folder / "starts.bin").open("wb") as starts_file,
+            (folder / "lengths.bin").open("wb") as lengths_file,
+            (folder / "ends.bin").open("wb") as ends_file,
+        ):
+            for block in pack(starts, lengths, max_length):
+                starts_file.write(block.starts.data)
+                lengths_file.write(block.lengths.data)
+                ends_file.write((block.ends + n_pieces).data)
+                n_rows, n_pieces, n_cut = n_rows + len(block.ends), n_pieces + len(block.starts), n_cut + block.n_cut
+        n_tokens = int(lengths.sum())
+        return {
+            "source": name,
+            "held": asdict(held),
+            "max_length": max_length,
+            "documents": len(starts),
+            "tokens": n_tokens,
+            "rows": n_rows,
+            "fill": n_tokens / (n_rows * max_length) if n_rows else 0.0,
+            "cut": n_cut,
+        }
+
+    return Rows(tokens, cached(root, "rows", key, build), max_length)
+
+
+def _encoded(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[tuple[list[str], list[np.ndarray], int]]:
+    """(texts, their tokens, how many empty ones were left out), chunk by chunk.
+
+    While the tokenizer's threads work on one chunk, this one reads the next and hands out the one before.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        waiting: tuple[list[str], int, Future[list[np.ndarray]]] | None = None
+        for chunk, empty in _chunks(texts):
+            coming = (chunk, empty, pool.submit(tokenizer.encode_batch, chunk))
+            if waiting is not None:
+                yield waiting[0], waiting[2].result(), waiting[1]
+            waiting = coming
+        if waiting is not None:
+            yield waiting[0], waiting[2].result(), waiting[1]
+
+
+def _chunks(texts: Iterator[str]) -> Iterator[tuple[list[str], int]]:
+    chunk: list[str] = []
+    size = empty = 0
+    for text in texts:
+        if not text:
+            empty += 1
+            continue
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS:
+            yield chunk, empty
+            chunk, size, empty = [], 0, 0
+    if chunk or empty:
+        yield chunk, empty
+
+
+def _joined(encoded: Sequence[np.ndarray], eot_id: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Documents end to end, each between two ends of text, and the stored size of each (int64)."""
+    sizes = np.array([len(tokens) + 2 for tokens in encoded], np.int64)
+    end = np.array([eot_id], np.uint32)
+    parts = [part for tokens in encoded for part in (end, tokens, end)]
+    return (np.concatenate(parts) if parts else np.empty(0)).astype(dtype), sizes
+
+
+def _map(cache: Cache, name: str, dtype: str) -> np.ndarray:
+    """A read-only view of a file. A plain array over the map: np.memmap costs a Python call per slice."""
+    path = cache.path / name
+    return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)

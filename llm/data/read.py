@@ -1,0 +1,194 @@
+"""Reading local files row by row, in bounded memory, with errors that name file and line.
+
+`datasets` is not used for these: its builders guess types (a csv text "1.0" comes back as a number, "NA" as nothing) and its
+errors name neither file nor line.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+from zlib import error as ZlibError  # noqa: N812
+
+from llm.data.source import DataError, decode, text_of
+
+_BOM = b"\xef\xbb\xbf"
+# A plain text file that is one document is held in memory whole.
+_LARGEST_DOCUMENT = 1 << 30
+
+
+def read(path: Path, column: str, document: str) -> Iterator[str]:
+    """Documents of one file; the ending says how to read it. Raises DataError."""
+    kind = _kind(path)
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty; remove it from data.path or fill it")
+    if kind == ".parquet":
+        yield from _parquet(path, column)
+        return
+    with _open(path) as stream:
+        if kind in _ROWS:
+            for row, where in _ROWS[kind](path, stream):
+                yield text_of(row, column, where)
+        else:
+            yield from _TEXT[document](path, stream)
+
+
+def is_known(path: Path) -> bool:
+    """Whether the ending says what is in the file."""
+    return _kind(path) in {*_ROWS, ".parquet", ".txt"}
+
+
+def _kind(path: Path) -> str:
+    endings = path.suffixes
+    while endings and endings[-1] in (".gz", ".zst"):
+        endings = endings[:-1]
+    return endings[-1].lower() if endings else ""
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BufferedReader]:
+    """The bytes of a file, decompressed. Damage shows only while reading, so it is turned into DataError out here."""
+    if path.suffix not in (".gz", ".zst"):
+        with path.open("rb") as stream:
+            yield stream
+        return
+    broken: tuple[type[Exception], ...]
+    if path.suffix == ".gz":
+        import gzip
+
+        broken = (gzip.BadGzipFile, EOFError, ZlibError)
+        opened = BufferedReader(gzip.open(path, "rb"))  # type: ignore[arg-type]
+    else:
+        import zstandard
+
+        broken = (zstandard.ZstdError, EOFError)
+        opened = BufferedReader(zstandard.open(path, "rb"))
+    with opened:
+        try:
+            yield opened
+        except broken as error:
+            raise DataError(f"{path}: damaged or cut off ({error}); compress or copy it again") from None
+
+
+def _lines(path: Path, stream: BufferedReader) -> Iterator[tuple[int, str]]:
+    """(line number, line without its end)"""
+    for number, raw in enumerate(stream, 1):
+        if number == 1:
+            raw = raw.removeprefix(_BOM)
+        yield number, decode(path, raw.rstrip(b"\r\n"), number)
+
+
+def _json_lines(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, Any], str]]:
+    for number, line in _lines(path, stream):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{number}: not JSON ({error.msg}, character {error.pos + 1})") from None
+        yield _object(row, f"{path}:{number}"), f"{path}:{number}"
+
+
+def _json(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, Any], str]]:
+    """A .json file holds one array of objects (read whole), or lines of objects after all."""
+    if not stream.peek(1 << 10).removeprefix(_BOM).lstrip().startswith(b"["):
+        yield from _json_lines(path, stream)
+        return
+    try:
+        rows = json.loads(decode(path, stream.read().removeprefix(_BOM)))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, character {error.colno})") from None
+    for number, row in enumerate(rows):
+        yield _object(row, f"{path}[{number}]"), f"{path}[{number}]"
+
+
+def _object(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f'{where}: holds {type(row).__name__}, not an object such as {{"text": "…"}}')
+    return row
+
+
+def _separated(delimiter: str) -> Callable[[Path, BufferedReader], Iterator[tuple[dict[str, Any], str]]]:
+    def rows(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, Any], str]]:
+        csv.field_size_limit(sys.maxsize)  # a document is often longer than the 128 kB that csv allows
+        reader = csv.DictReader(_csv_lines(path, stream), delimiter=delimiter, strict=True)
+        try:
+            for row in reader:
+                if None in row:
+                    raise DataError(f"{path}:{reader.line_num}: more fields than the header names; quote the text")
+                yield row, f"{path}:{reader.line_num}"
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not {path.suffix} ({error})") from None
+
+    return rows
+
+
+def _csv_lines(path: Path, stream: BufferedReader) -> Iterator[str]:
+    """Lines with their ends: a quoted field may span several, and keeps its line breaks."""
+    for number, raw in enumerate(stream, 1):
+        yield decode(path, raw.removeprefix(_BOM) if number == 1 else raw, number)
+
+
+def _parquet(path: Path, column: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if column not in file.schema_arrow.names:
+            text_of(dict.fromkeys(file.schema_arrow.names), column, str(path))
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for value in batch.column(0):
+                yield text_of({column: value.as_py()}, column, f"{path}[{number}]")
+                number += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a parquet file that can be read ({str(error).splitlines()[0]})") from None
+
+
+def _whole(path: Path, stream: BufferedReader) -> Iterator[str]:
+    raw = stream.read(_LARGEST_DOCUMENT + 1)
+    if len(raw) > _LARGEST_DOCUMENT:
+        raise DataError(
+            f"{path}: more than {_LARGEST_DOCUMENT >> 20} MiB in one document; set the source's document to "
+            "paragraph or line, or split the file"
+        )
+    yield decode(path, raw.removeprefix(_BOM))
+
+
+def _paragraphs(path: Path, stream: BufferedReader) -> Iterator[str]:
+    """Text between blank lines, its own line breaks kept."""
+    kept: list[str] = []
+    for _, line in _lines(path, stream):
+        if line.strip():
+            kept.append(line)
+        elif kept:
+            yield "\n".join(kept)
+            kept = []
+    if kept:
+        yield "\n".join(kept)
+
+
+def _each_line(path: Path, stream: BufferedReader) -> Iterator[str]:
+    return (line for _, line in _lines(path, stream) if line.strip())
+
+
+Rows = Callable[[Path, BufferedReader], Iterable[tuple[dict[str, Any], str]]]
+_ROWS: dict[str, Rows] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _separated(","),
+    ".tsv": _separated("\t"),
+}
+_TEXT: dict[str, Callable[[Path, BufferedReader], Iterator[str]]] = {
+    "file": _whole,
+    "paragraph": _paragraphs,
+    "line": _each_line,
+}

@@ -1,0 +1,220 @@
+"""Where documents come from. A source is a config node: cheap to make, read one document at a time, known by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sysconfig
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt
+
+
+class DataError(ValueError):
+    """The data is not what the config says it is: one line with the file or key, the rule and the remedy (exit code 65)."""
+
+
+class Source(ABC):
+    """Documents in a fixed order, plus `weight`: the share of this source in a mixture, counted in tokens.
+
+    The shares of several sources are their weights divided by the sum of weights; alone, a weight means nothing.
+    """
+
+    weight: float
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """Every document, in the same order each time, in bounded memory. Raises DataError. May yield empty ones."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the documents do, as far as can be told without reading them."""
+
+    def validation(self) -> Source | None:
+        """The source of held-out documents, where it has its own; else every `val_every`-th document is held out."""
+        return None
+
+
+@dataclass(frozen=True)
+class StandardLibrary(Source):
+    """The sources of the running Python's standard library without its tests: about 12 MB that every machine has."""
+
+    weight: Annotated[float, Gt(0)] = 1.0
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+    def files(self) -> list[Path]:
+        root = self._root()
+        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+        found = (path.relative_to(root) for path in root.rglob("*.py"))
+        return sorted(path for path in found if not left_out.intersection(path.parts[:-1]))
+
+    def documents(self) -> Iterator[str]:
+        files = self.files()
+        if not files:
+            raise DataError(f"{self._root()}: no *.py files here; give files with data=files data.path=…")
+        for file in files:
+            yield decode(self._root() / file, (self._root() / file).read_bytes())
+
+    def fingerprint(self) -> str:
+        # Not the modification times: they differ between machines that hold the same Python.
+        sizes = [(path.as_posix(), (self._root() / path).stat().st_size) for path in self.files()]
+        return digest("stdlib", platform.python_version(), sizes)
+
+    def _root(self) -> Path:
+        return Path(sysconfig.get_path("stdlib"))
+
+
+@dataclass(frozen=True)
+class Files(Source):
+    """Local files: .jsonl .json .csv .tsv .parquet, any of them also .gz or .zst; everything else is read as plain text.
+
+    `path` is a file, a folder (all files below it with a known ending), a glob, or a list of these. `column` names the
+    field that holds the text. A plain text file is one `document`, or one per paragraph (between blank lines) or per line.
+    `val_path` names held-out files; without it every `val_every`-th document is held out.
+    """
+
+    path: str | list[str]
+    column: str = "text"
+    document: Literal["file", "paragraph", "line"] = "file"
+    val_path: str | list[str] | None = None
+    weight: Annotated[float, Gt(0)] = 1.0
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+    def files(self) -> list[Path]:
+        paths: Iterable[str] = [self.path] if isinstance(self.path, str) else self.path
+        found = [file for path in paths for file in _expand(path)]
+        if not found:
+            raise DataError("data.path is an empty list: name at least one file")
+        return found
+
+    def documents(self) -> Iterator[str]:
+        from llm.data.read import read
+
+        for file in self.files():
+            yield from read(file, self.column, self.document)
+
+    def fingerprint(self) -> str:
+        files = [(path.resolve().as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
+        return digest("files", files, self.column, self.document)
+
+    def validation(self) -> Source | None:
+        return None if self.val_path is None else replace(self, path=self.val_path, val_path=None)
+
+
+@dataclass(frozen=True)
+class Hub(Source):
+    """A data set of the Hugging Face hub (or any folder that `datasets.load_dataset` reads), streamed in bounded memory.
+
+    `revision` pins a commit: without it the cache does not notice when the data set changes. `n_documents` stops after so
+    many. `val_split` names held-out documents; without it every `val_every`-th document is held out.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    val_split: str | None = None
+    column: str = "text"
+    revision: str | None = None
+    n_documents: int | None = None
+    weight: Annotated[float, Gt(0)] = 1.0
+
+    def __post_init__(self) -> None:
+        _check_weight(self.weight)
+
+    def documents(self) -> Iterator[str]:
+        import datasets
+
+        try:
+            rows = datasets.load_dataset(
+                self.name, self.config, split=self.split, revision=self.revision, streaming=True
+            )
+            for number, row in enumerate(islice(rows, self.n_documents)):
+                yield text_of(row, self.column, f"{self.name}[{self.split}][{number}]")
+        except DataError:
+            raise
+        except Exception as error:  # datasets raises its own, pyarrow's, requests' and fsspec's
+            reason = str(error).strip().split("\n")[0]
+            raise DataError(
+                f"hub data set {self.name!r} (config {self.config}, split {self.split}): {type(error).__name__}: {reason}"
+            ) from error
+
+    def fingerprint(self) -> str:
+        return digest("hub", self.name, self.config, self.split, self.column, self.revision, self.n_documents)
+
+    def validation(self) -> Source | None:
+        return None if self.val_split is None else replace(self, split=self.val_split, val_split=None)
+
+
+def digest(*parts: Any) -> str:
+    """A short name for a tuple of plain values."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def decode(path: Path, raw: bytes, first_line: int = 1) -> str:
+    """Bytes of `path` as text, exactly as they are. Raises DataError with the line of the first byte that is no UTF-8."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b"\n", 0, error.start)
+        column = error.start - raw.rfind(b"\n", 0, error.start)
+        raise DataError(
+            f"{path}:{line}: byte {column} of the line (0x{raw[error.start]:02x}) is not UTF-8; "
+            "convert the file, e.g. `iconv -f latin1 -t utf8`"
+        ) from None
+
+
+def text_of(row: dict[str, Any], column: str, where: str) -> str:
+    """The text in `column` of a row; null is an empty document. Raises DataError when there is no such column or text."""
+    if column not in row:
+        names = ", ".join(map(repr, row))
+        raise DataError(f"{where}: no column {column!r}; it has {names}: set data.column (or the source's column)")
+    text = row[column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise DataError(f"{where}: column {column!r} holds {type(text).__name__}, not text; name another column")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{where}: column {column!r}, character {error.start}: half of a surrogate pair "
+                f"(\\u{ord(text[error.start]):04x}) is no character; repair the escape in the file"
+            ) from None
+    return text
+
+
+def _expand(path: str) -> list[Path]:
+    from llm.data.read import is_known
+
+    root = Path(path).expanduser()
+    if root.is_file():
+        return [root]
+    if root.is_dir():
+        found = sorted(file for file in root.rglob("*") if file.is_file() and is_known(file))
+        rule = "no file below it ends in .jsonl, .json, .csv, .tsv, .parquet or .txt (or these with .gz or .zst)"
+    else:
+        # Path.glob wants a pattern below a folder that exists: everything before the first wildcard.
+        fixed = next((i for i, part in enumerate(root.parts) if set(part) & set("*?[")), None)
+        if fixed is None:
+            raise DataError(f"{path}: no such file or folder (looked from {Path.cwd()})")
+        folder = Path(*root.parts[:fixed])
+        found = sorted(file for file in folder.glob(str(Path(*root.parts[fixed:]))) if file.is_file())
+        rule = "no file fits this pattern"
+    if not found:
+        raise DataError(f"{path}: {rule}")
+    return found
+
+
+def _check_weight(weight: float) -> None:
+    if not weight > 0:
+        raise ValueError(f"weight={weight} of a data source: must be more than 0; leave the source out instead")

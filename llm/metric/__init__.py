@@ -1,0 +1,12 @@
+"""What a run is measured by."""
+
+from llm.metric.compression import bits_per_byte, gzip_bits_per_byte, unigram_bits_per_byte
+from llm.metric.utilisation import model_flops_utilisation, peak_flops
+
+__all__ = [
+    "bits_per_byte",
+    "gzip_bits_per_byte",
+    "model_flops_utilisation",
+    "peak_flops",
+    "unigram_bits_per_byte",
+]

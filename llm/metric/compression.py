@@ -1,0 +1,32 @@
+"""Bits per byte, the number that compares across tokenizers, and two baselines that need no model."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+
+def bits_per_byte(nats: float, n_bytes: float) -> float:
+    """A summed loss in nats as bits for each UTF-8 byte of the text that was predicted; NaN without text."""
+    return nats / math.log(2) / n_bytes if n_bytes else math.nan
+
+
+def unigram_bits_per_byte(texts: Iterable[str]) -> float:
+    """Entropy of the bytes of `texts` taken one by one: what the best order-0 code of this very text would reach."""
+    counts: Counter[int] = Counter()
+    for text in texts:
+        counts.update(text.encode())
+    n_bytes = counts.total()
+    return -sum(n / n_bytes * math.log2(n / n_bytes) for n in counts.values()) if n_bytes else math.nan
+
+
+def gzip_bits_per_byte(texts: Iterable[str]) -> float:
+    """gzip -9 on each text by itself, which is how the model sees them: one document knows nothing of the others."""
+    n_bytes = n_compressed = 0
+    for text in texts:
+        raw = text.encode()
+        n_bytes += len(raw)
+        n_compressed += len(gzip.compress(raw, 9))
+    return 8 * n_compressed / n_bytes if n_bytes else math.nan

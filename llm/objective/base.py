@@ -1,0 +1,197 @@
+"""The step: the one place where a batch becomes a change of the weights.
+
+One Lightning batch is one optimizer step. It arrives as this process's micro-batches of the whole global step, so the count
+that normalises the loss is known before the first backward, gradients are synchronised once, and the global batch means the
+same whatever the number of processes and the size of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from llm.checkpoint import load_into
+from llm.model import Transformer, TransformerConfig
+from llm.objective.loss import Loss
+from llm.reduce import Totals, all_mean
+
+Batch = Mapping[str, Tensor]
+
+
+class OptimizerRecipe(Protocol):
+    """What `conf/optimizer` gives: hyper-parameters that build an optimizer once there are weights."""
+
+    @property
+    def clip_norm(self) -> float | None:
+        """Largest L2 norm of the gradient; None does not clip."""
+
+    def build(self, model: nn.Module) -> Optimizer:
+        """The optimizer over the model's parameters."""
+
+
+class Step(Protocol):
+    """What `llm/data` gives: this process's share of one optimizer step."""
+
+    @property
+    def index(self) -> int:
+        """Number of the batch in the run's one global order."""
+
+    @property
+    def micro_batches(self) -> list[Batch]:
+        """What is run forward and backward one after the other."""
+
+
+class Objective(L.LightningModule):
+    """A Transformer, its loss, and the optimizer step; subclasses say what the loss is.
+
+    Args:
+        model: configuration of the network, which is built in `configure_model`, where the strategy wants it built.
+        optimizer: recipe of the optimizer.
+        schedule: factor of the learning rate for each step.
+        init_from: run or step directory whose weights the training starts from; a resumed run overrides it.
+    """
+
+    def __init__(
+        self,
+        model: TransformerConfig,
+        optimizer: OptimizerRecipe,
+        schedule: Callable[[int], float],
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model_config = model
+        self.optimizer_recipe = optimizer
+        self.schedule = schedule
+        self.init_from = init_from
+        self.model: Transformer | None = None
+        self.n_batches = 0  # batches consumed: where the data goes on after a restart
+        self.train_totals = Totals()
+        self.val_totals = Totals()
+
+    # What a subclass says
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Name of each part of the loss -> how much of it this micro-batch predicts; from the labels alone."""
+        raise AssertionError(f"{type(self).__name__} has to count what it predicts")
+
+    def losses(self, batch: Batch) -> dict[str, Loss]:
+        """Name of each part of the loss -> its sum, count and weight over this micro-batch."""
+        raise AssertionError(f"{type(self).__name__} has to say what its loss is")
+
+    def validation_totals(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> (sum, count) of what validation adds up; by default the parts of the loss."""
+        return {name: (part.total, part.count) for name, part in self.losses(batch).items()}
+
+    def validation_metrics(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+        """Log name -> value, from the sums over the whole validation set."""
+        return {f"val/{name}": total / max(count, 1.0) for name, (total, count) in totals.items()}
+
+    # Building
+
+    def configure_model(self) -> None:
+        """Build the network once; Lightning calls this again on every entry point."""
+        if self.model is None:
+            self.model = Transformer(self.model_config)
+
+    def configure_optimizers(self) -> Optimizer:
+        """The one optimizer, each group with the peak rate that the schedule multiplies."""
+        optimizer = self.optimizer_recipe.build(self.network)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    @property
+    def network(self) -> Transformer:
+        """The network, which exists from `configure_model` on."""
+        assert self.model is not None, "the network is built in configure_model"
+        return self.model
+
+    def on_fit_start(self) -> None:
+        """Start from other weights; Lightning restores a checkpoint after this hook, so resuming wins."""
+        if self.init_from is not None:
+            load_into(self.network, self.init_from)
+
+    # The step
+
+    def training_step(self, batch: Step, batch_index: int) -> None:
+        """Forward and backward over every micro-batch, then clip, step and zero: no host sync on the way."""
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        assert not isinstance(optimizer, list)
+        self.set_learning_rate(optimizer.optimizer)
+        share = self.global_share(batch.micro_batches)
+        sums: dict[str, tuple[Tensor, Tensor]] = {}
+        for number, micro_batch in enumerate(batch.micro_batches, 1):
+            with self.gradient_sync(last=number == len(batch.micro_batches)):
+                parts = self.losses(micro_batch)
+                self.manual_backward(sum(part.weight * part.total / share[name] for name, part in parts.items()))
+            for name, part in parts.items():
+                total, count = sums.get(name, (0.0, 0.0))
+                sums[name] = (total + part.total.detach(), count + part.count)
+        norm = self.clip_gradients_to_norm()
+        optimizer.step()
+        # At once, not before the next backward: the old gradients would live through the next forward.
+        optimizer.zero_grad(set_to_none=True)
+        self.n_batches = batch.index + 1
+        n_tokens = torch.stack([(m["documents"] > 0).sum() for m in batch.micro_batches]).sum()  # 0 marks padding
+        one = torch.ones_like(norm)
+        self.train_totals.add({**sums, "n_tokens": (n_tokens, one), "grad_norm": (norm, one)})
+
+    def set_learning_rate(self, optimizer: Optimizer) -> None:
+        """A pure function of the batch number, so that nothing about it has to be saved."""
+        factor = self.schedule(self.n_batches)
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+
+    def global_share(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
+        """Name -> the divisor of its sums: the count of the whole global step over the number of processes.
+
+        Strategies average gradients over processes, so sum / (count / n), averaged over n, is the mean over all tokens.
+        A part that nothing was predicted for has sum 0 and gets the divisor 1: its loss is 0, not NaN.
+        """
+        counts = [self.counts(micro_batch) for micro_batch in micro_batches]
+        names = list(counts[0])
+        packed = torch.stack([torch.stack([c[name] for c in counts]).sum() for name in names]).double()
+        mean = all_mean(packed)
+        mean = torch.where(mean > 0, mean, 1.0)
+        return dict(zip(names, mean.float().unbind(), strict=True))
+
+    def gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients travel between processes only in the backward of the last micro-batch."""
+        strategy = self.trainer.strategy
+        block = getattr(strategy, "block_backward_sync", None)
+        return contextlib.nullcontext() if last or block is None else block()
+
+    def clip_gradients_to_norm(self) -> Tensor:
+        """Scale the gradient down to `clip_norm`; returns its L2 norm before that, on the device."""
+        limit = self.optimizer_recipe.clip_norm
+        return nn.utils.clip_grad_norm_(self.network.parameters(), float("inf") if limit is None else limit)
+
+    # Validation
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Add this batch's sums; nothing is read back until the end."""
+        self.val_totals.add(self.validation_totals(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """One reduction for the whole set; `callback_metrics` is where checkpoints and early stopping look."""
+        totals = self.val_totals.reduce()
+        if totals:
+            self.log_dict(self.validation_metrics(totals), logger=False)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The position in the data, and the sums of the log row that is still open."""
+        checkpoint["objective"] = {"n_batches": self.n_batches, "train_totals": self.train_totals.state_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The other half of `on_save_checkpoint`."""
+        self.n_batches = checkpoint["objective"]["n_batches"]
+        self.train_totals.load_state_dict(checkpoint["objective"]["train_totals"])

@@ -1,0 +1,60 @@
+"""Muon and AdamW as one torch optimizer, so that schedules, clipping and checkpoints see a single object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from llm.optimizer.groups import decay_groups, hidden_matrices
+
+
+class MuonAdamW(Optimizer):
+    """Each parameter group carries `algorithm`, "muon" or "adamw", and is stepped by that torch optimizer.
+
+    The two inner optimizers own nothing: they look at this object's groups and state, so `state_dict` is the usual one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
+        matrices = hidden_matrices(model)
+        taken = {id(p) for p in matrices}
+        # match_rms_adamw scales the orthogonal update by 0.2 sqrt(max(rows, columns)): AdamW's typical update size.
+        muon = torch.optim.Muon(
+            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+        )
+        rest = [
+            {**group, "params": [p for p in group["params"] if id(p) not in taken]}
+            for group in decay_groups(model, weight_decay)
+        ]
+        adamw = torch.optim.AdamW([group for group in rest if group["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+        self.inner: dict[str, Optimizer] = {"muon": muon, "adamw": adamw}
+        groups = [
+            {"algorithm": name, **group} for name, optimizer in self.inner.items() for group in optimizer.param_groups
+        ]
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of both; `closure`, if given, runs first, under grad, and its value is returned."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for name, optimizer in self.inner.items():
+            # Linked anew each time: load_state_dict replaces both attributes of this object.
+            optimizer.state = self.state
+            optimizer.param_groups = [group for group in self.param_groups if group["algorithm"] == name]
+            optimizer.step()
+        return result

@@ -1,0 +1,196 @@
+"""A run: check, agree, claim the directory, prepare the data, build, and train."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from llm.checkpoint import newest
+from llm.checkpoint.store import find
+from llm.config import ConfigError, check
+from llm.data import TextData
+from llm.exit import RunExistsError, finished, guarded, write_exit
+from llm.model import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    run_dir: Path
+    step: int
+    metrics: dict[str, float]
+
+
+def run(cfg: DictConfig) -> Outcome:
+    """Train (stage=fit) or evaluate (stage=validate) what `cfg` describes.
+
+    Raises:
+        ConfigError: naming every key that is wrong, before anything is built or written.
+        DataError: data that cannot be used.
+        CheckpointError: a checkpoint that cannot be used.
+        RunExistsError: see there.
+        OSError: storage that cannot be written.
+        Preempted: the run was told to stop, and saved.
+    """
+    check(cfg)
+    cfg = cfg.copy()
+    _quiet()
+    cfg.trainer.accelerator = _accelerator(cfg.trainer.accelerator)
+    data: TextData = instantiate(cfg.data, _convert_="all")
+    cfg.model.vocab_size = cfg.model.vocab_size or data.recipe.vocab_size
+    agree(cfg, instantiate(cfg.model, _convert_="all"), data)
+    run_dir = Path(cfg.run_dir)
+    checkpoint = claim(run_dir, cfg.resume)
+    data.prepare()
+    _set_length(cfg, data)
+    if cfg.stage == "fit" and checkpoint is not None and finished(run_dir, cfg.trainer.max_steps):
+        print(f"{run_dir}: finished already at step {cfg.trainer.max_steps}; a larger trainer.max_steps continues it")
+        return Outcome(run_dir, int(cfg.trainer.max_steps), {})
+    if cfg.stage == "fit":
+        _write_inputs(cfg, run_dir, data)
+    trainer, objective = build(cfg)
+    return (
+        _fit(trainer, objective, data, checkpoint)
+        if cfg.stage == "fit"
+        else _validate(trainer, objective, data, checkpoint)
+    )
+
+
+def main(cfg: DictConfig) -> None:
+    """`run`, for a shell: a mistake of the user's is one line, a bug a traceback, and each has its exit code."""
+    with guarded(Path(cfg.run_dir)):
+        run(cfg)
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Make the tokenizer and the token cache of `cfg`, and print what they hold."""
+    check(cfg)
+    data: TextData = instantiate(cfg.data, _convert_="all")
+    data.prepare()
+    print(yaml.safe_dump(data.report(), sort_keys=False))
+
+
+def agree(cfg: DictConfig, model: TransformerConfig, data: TextData) -> None:
+    """The rules between groups, all of them at once.
+
+    Raises:
+        ConfigError: with one line for each rule that does not hold.
+    """
+    mistakes = []
+    if data.recipe.vocab_size > model.vocab_size:
+        mistakes.append(
+            f"model.vocab_size: {model.vocab_size} - the tokenizer has {data.recipe.vocab_size} ids - "
+            f"give at least that, or null to take the tokenizer's"
+        )
+    if data.max_length > model.max_length:
+        mistakes.append(
+            f"data.max_length: {data.max_length} - the model's context is model.max_length={model.max_length} - "
+            f"shorten the first or raise the second"
+        )
+    n_devices, n_nodes = cfg.trainer.devices, cfg.trainer.num_nodes
+    if cfg.strategy._target_.endswith(".Single") and (n_devices, n_nodes) not in ((1, 1), ("auto", 1)):
+        mistakes.append(
+            f"trainer.devices: {n_devices} on {n_nodes} nodes - strategy=single drives one device - set trainer.devices=1 "
+            f"and trainer.num_nodes=1"
+        )
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        mistakes.append(
+            f"trainer.accelerator: {cfg.trainer.accelerator} - torch sees no GPU here - set trainer.accelerator=cpu"
+        )
+    try:
+        data.check_world(1)
+    except ValueError as error:
+        mistakes.append(str(error))
+    if cfg.resume == "must" and newest(cfg.run_dir) is None:
+        mistakes.append(
+            f"resume: must - there is no checkpoint in {cfg.run_dir}/checkpoints - give the run's run_name or run_dir"
+        )
+    if cfg.stage == "validate" and cfg.resume == "never" and cfg.init_from is None:
+        mistakes.append("stage: validate - needs weights - set resume to a run or step directory")
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def claim(run_dir: Path, resume: str) -> Path | None:
+    """Make the run directory and say which checkpoint to go on from; None starts at step 0."""
+    if resume == "never" and run_dir.exists() and any(run_dir.iterdir()):
+        raise RunExistsError(
+            f"run_dir: {run_dir} exists - resume=never does not write into an existing run - "
+            f"give another run_name, or resume=auto to continue it"
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if resume in ("auto", "must", "never"):
+        return newest(run_dir)
+    return newest(run_dir) or find(resume)
+
+
+def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
+    """The trainer, with its strategy, callbacks and loggers, and the objective. Seeded here: data preparation draws nothing."""
+    L.seed_everything(cfg.seed, verbose=False)
+    node = cfg.trainer.copy()
+    OmegaConf.set_struct(node, False)
+    for key in ("max_tokens", "max_epochs"):
+        node.pop(key)  # ours, and turned into max_steps
+    trainer = instantiate(node, max_epochs=-1, _convert_="all")
+    return trainer, instantiate(cfg.objective, _convert_="all")
+
+
+def _set_length(cfg: DictConfig, data: TextData) -> None:
+    """Turn tokens or epochs into optimizer steps, which schedules and loops count in."""
+    if cfg.trainer.max_steps is None:
+        cfg.trainer.max_steps = data.n_steps(max_tokens=cfg.trainer.max_tokens, max_epochs=cfg.trainer.max_epochs)
+
+
+def _write_inputs(cfg: DictConfig, run_dir: Path, data: TextData) -> None:
+    """What the run was made of: the resolved configuration and the tokenizer."""
+    text = OmegaConf.to_yaml(cfg, resolve=True)
+    temporary = run_dir / ".config.yaml"
+    temporary.write_text(text)
+    os.replace(temporary, run_dir / "config.yaml")
+    data.tokenizer.save(run_dir / "tokenizer")
+
+
+def _fit(trainer: L.Trainer, objective: Any, data: TextData, checkpoint: Path | None) -> Outcome:
+    run_dir = Path(trainer.default_root_dir)
+    trainer.strategy.checkpoint_io.attachments = [run_dir / "config.yaml", run_dir / "tokenizer"]
+    if checkpoint is not None:
+        print(f"continuing from {checkpoint}")
+    trainer.fit(objective, datamodule=data, ckpt_path=checkpoint)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    write_exit(run_dir, 0, "finished", max_steps=trainer.max_steps)
+    return Outcome(run_dir, trainer.global_step, metrics)
+
+
+def _validate(trainer: L.Trainer, objective: Any, data: TextData, checkpoint: Path | None) -> Outcome:
+    metrics = trainer.validate(objective, datamodule=data, ckpt_path=checkpoint)
+    return Outcome(Path(trainer.default_root_dir), trainer.global_step, dict(metrics[0]))
+
+
+def _accelerator(wanted: str) -> str:
+    """ "auto" is a GPU where torch drives one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def _quiet() -> None:
+    """Silence what Lightning tells users of its own data loaders and loops; ours are other ones."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*your dataloader is not resumable.*",
+        ".*is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
