@@ -15,7 +15,7 @@ import yaml
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from llm.checkpoint import newest
+from llm.checkpoint import CheckpointError, newest
 from llm.checkpoint.store import find
 from llm.config import ConfigError, check
 from llm.data import TextData
@@ -54,17 +54,12 @@ def run(cfg: DictConfig) -> Outcome:
     checkpoint = claim(run_dir, cfg.resume)
     data.prepare()
     _set_length(cfg, data)
-    if cfg.stage == "fit" and checkpoint is not None and finished(run_dir, cfg.trainer.max_steps):
+    if cfg.stage == "validate":
+        return _validate(cfg, data, checkpoint)
+    if checkpoint is not None and finished(run_dir, cfg.trainer.max_steps):
         print(f"{run_dir}: finished already at step {cfg.trainer.max_steps}; a larger trainer.max_steps continues it")
         return Outcome(run_dir, int(cfg.trainer.max_steps), {})
-    if cfg.stage == "fit":
-        _write_inputs(cfg, run_dir, data)
-    trainer, objective = build(cfg)
-    return (
-        _fit(trainer, objective, data, checkpoint)
-        if cfg.stage == "fit"
-        else _validate(trainer, objective, data, checkpoint)
-    )
+    return _fit(cfg, data, checkpoint)
 
 
 def main(cfg: DictConfig) -> None:
@@ -152,18 +147,14 @@ def _set_length(cfg: DictConfig, data: TextData) -> None:
         cfg.trainer.max_steps = data.n_steps(max_tokens=cfg.trainer.max_tokens, max_epochs=cfg.trainer.max_epochs)
 
 
-def _write_inputs(cfg: DictConfig, run_dir: Path, data: TextData) -> None:
-    """What the run was made of: the resolved configuration and the tokenizer."""
-    text = OmegaConf.to_yaml(cfg, resolve=True)
-    temporary = run_dir / ".config.yaml"
-    temporary.write_text(text)
-    os.replace(temporary, run_dir / "config.yaml")
-    data.tokenizer.save(run_dir / "tokenizer")
-
-
-def _fit(trainer: L.Trainer, objective: Any, data: TextData, checkpoint: Path | None) -> Outcome:
-    run_dir = Path(trainer.default_root_dir)
-    trainer.strategy.checkpoint_io.attachments = [run_dir / "config.yaml", run_dir / "tokenizer"]
+def _fit(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
+    """Train, from `checkpoint` if there is one."""
+    run_dir = Path(cfg.run_dir)
+    inputs = _write_inputs(cfg, run_dir, data)
+    trainer, objective = build(cfg)
+    trainer.strategy.checkpoint_io.attachments = inputs
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
     trainer.fit(objective, datamodule=data, ckpt_path=checkpoint)
@@ -172,13 +163,28 @@ def _fit(trainer: L.Trainer, objective: Any, data: TextData, checkpoint: Path | 
     return Outcome(run_dir, trainer.global_step, metrics)
 
 
-def _validate(trainer: L.Trainer, objective: Any, data: TextData, checkpoint: Path | None) -> Outcome:
+def _validate(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
+    """Evaluate the weights of `checkpoint` on the held-out documents; nothing is recorded."""
+    if checkpoint is None:
+        raise CheckpointError(f"{cfg.run_dir}: no checkpoint to validate - give the run's run_name, run_dir or resume=PATH")
+    quiet = cfg.copy()
+    quiet.callback, quiet.logger = {}, {}
+    trainer, objective = build(quiet)
     metrics = trainer.validate(objective, datamodule=data, ckpt_path=checkpoint)
-    return Outcome(Path(trainer.default_root_dir), trainer.global_step, dict(metrics[0]))
+    return Outcome(Path(cfg.run_dir), trainer.global_step, dict(metrics[0]))
+
+
+def _write_inputs(cfg: DictConfig, run_dir: Path, data: TextData) -> list[Path]:
+    """What the run is made of, which every checkpoint carries a copy of: the resolved configuration and the tokenizer."""
+    temporary = run_dir / ".config.yaml"
+    temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    os.replace(temporary, run_dir / "config.yaml")
+    data.tokenizer.save(run_dir / "tokenizer")
+    return [run_dir / "config.yaml", run_dir / "tokenizer"]
 
 
 def _accelerator(wanted: str) -> str:
-    """ "auto" is a GPU where torch drives one, else the CPU."""
+    """What auto means: a GPU where torch drives one, else the CPU."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
 
 

@@ -1,7 +1,7 @@
 """Text <-> token ids: byte-level BPE trained here, plain bytes, or any Hugging Face tokenizer folder.
 
-A *recipe* (`ByteLevelBPE`, `Bytes`, `Pretrained`) is a config node: it knows its `vocab_size` before any data is read, and
-`build(texts)` makes the `Tokenizer`. Importing this module loads neither torch nor tokenizers.
+A *recipe* (`ByteLevelBPE`, `Bytes`, `Pretrained`) is a config node: it knows its `vocab_size` before any data is
+read, and `build(texts)` makes the `Tokenizer`. Importing this module loads neither torch nor tokenizers.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
-# GPT-4's split (letters with one leading sign, digits by three, runs of punctuation) without its English contractions, and with
-# one change: indentation stays with the line break or the punctuation before it, so that ":\n        " can become one token.
-# Held-out files of the standard library, vocabulary 4096: 3.66 bytes per token (GPT-2's split 3.32, GPT-4's 3.30) and the
-# lowest bigram entropy per byte of the three (1.76 bits against 1.79 and 1.80).
+# GPT-4's split (letters with one leading sign, digits by three, runs of punctuation) without its English
+# contractions, and with one change: indentation stays with the line break or the punctuation before it, so that ":\n
+# " can become one token. Held-out files of the standard library, vocabulary 4096: 3.66 bytes per token (GPT-2's split
+# 3.32, GPT-4's 3.30) and the lowest bigram entropy per byte of the three (1.76 bits against 1.79 and 1.80).
 SPLIT = (
     r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*"
     r"|\s*[\r\n]+[ \t]*(?=\S)|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,7 +52,7 @@ class ByteLevelBPE:
             raise ValueError(f"tokenizer.vocab_size={self.vocab_size}: 256 bytes and the end of text need at least 257")
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
-        """Train on `texts`, all of which are held in memory: hand in a sample. The same texts give the same tokenizer."""
+        """Train on `texts`, which are all held in memory: hand in a sample. Equal texts give equal tokenizers."""
         from tokenizers import Regex, models, pre_tokenizers, trainers
 
         backend = _byte_level(models.BPE())
@@ -93,10 +93,14 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, or whatever transformers can turn into one. No weights needed."""
+    """The tokenizer of a Hugging Face folder: tokenizer.json, or what transformers turns into one. Needs no weights."""
 
     path: str
     needs_text: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not Path(self.path).expanduser().is_dir():
+            raise ValueError(f"tokenizer.path={self.path}: no such folder; give one that holds a tokenizer.json")
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -111,11 +115,11 @@ class Pretrained:
 
 
 class Tokenizer:
-    """Encodes and decodes, adds no special tokens of its own, and never reads a special token out of the text it encodes:
-    a source file that contains the literal `<|endoftext|>` gets the ids of those characters.
+    """Encodes and decodes. It adds no special tokens, and finds none in a text: a source file that contains the literal
+    `<|endoftext|>` gets the ids of those characters.
 
-    `backend` is a `tokenizers.Tokenizer`; `config` what a Hugging Face tokenizer_config.json holds (the names of the special
-    tokens, a chat template), kept so that it travels along with `save`.
+    `backend` is a `tokenizers.Tokenizer`; `config` what a Hugging Face tokenizer_config.json holds (the names of the
+    special tokens, a chat template), kept so that it travels along with `save`.
     """
 
     def __init__(self, backend: Backend, config: dict[str, Any]) -> None:
@@ -149,7 +153,7 @@ class Tokenizer:
 
     @cached_property
     def is_byte_level(self) -> bool:
-        """Whether every token is a run of bytes: then any text survives encode and decode, and `token_bytes` is exact."""
+        """Whether every token is a run of bytes: any text then survives encode and decode; `token_bytes` is exact."""
         decoder = self._description["decoder"] or {}
         parts = decoder.get("decoders", [decoder])
         return any(part.get("type") == "ByteLevel" for part in parts) and self._description["normalizer"] is None
@@ -164,22 +168,22 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One uint32 array per text, on all cores (the library's own threads; it releases the GIL meanwhile)."""
-        if self._ids_are_bytes:  # 50 times faster than asking the library
+        if self._ids_are_bytes:  # many times faster than asking the library
             return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 (a character cut in two) come out as U+FFFD."""
-        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64).tolist()
-        return self.backend.decode(ids, skip_special_tokens=skip_special)
+        plain = ids.tolist() if isinstance(ids, np.ndarray) else [int(index) for index in ids]
+        return self.backend.decode(plain, skip_special_tokens=skip_special)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: UTF-8 bytes that each id stands for, 0 for special tokens.
 
-        Exact when `is_byte_level`. Elsewhere an estimate: text that the normalizer drops is not seen, and a WordPiece token
-        that starts a word counts the space before it.
+        Exact when `is_byte_level`. Elsewhere an estimate: text that the normalizer drops is not seen, and a WordPiece
+        token that starts a word counts the space before it.
         """
         sizes = np.zeros(self.vocab_size, np.int32)
         word_piece = self._description["model"].get("continuing_subword_prefix") == "##"
@@ -232,8 +236,6 @@ class Tokenizer:
 
     @classmethod
     def _through_transformers(cls, folder: Path) -> Tokenizer:
-        if not folder.is_dir():
-            raise ValueError(f"tokenizer.path={folder}: no such folder; give one that holds a tokenizer.json")
         try:
             from transformers import AutoTokenizer
         except ImportError:
@@ -264,7 +266,7 @@ def _name(token: str | dict[str, Any] | None) -> str:
 
 def _config(special: str | None) -> dict[str, Any]:
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return config if special is None else config | {key: special for key in ("bos_token", "eos_token", "pad_token")}
+    return config if special is None else config | dict.fromkeys(("bos_token", "eos_token", "pad_token"), special)
 
 
 def _byte_level(model: Any) -> Backend:
@@ -277,7 +279,7 @@ def _byte_level(model: Any) -> Backend:
 
 
 def _byte_chars() -> list[str]:
-    """The character that stands for each byte in a byte-level vocabulary (GPT-2's table: printable bytes are themselves)."""
+    """The character that stands for each byte in a byte-level vocabulary (GPT-2's: printable bytes are themselves)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -1,10 +1,11 @@
 """Callbacks: what watches a run. Removing any of them leaves the loss curve bit-identical."""
 
 from llm.callback.checkpoint import Checkpoint
+from llm.callback.due_validation import DueValidation
 from llm.callback.metrics import Metrics
 from llm.callback.preempt import Preempt, Preempted
 from llm.callback.progress import Progress
 from llm.callback.sample import Sample
 from llm.callback.summary import Summary
 
-__all__ = ["Checkpoint", "Metrics", "Preempt", "Preempted", "Progress", "Sample", "Summary"]
+__all__ = ["Checkpoint", "DueValidation", "Metrics", "Preempt", "Preempted", "Progress", "Sample", "Summary"]

@@ -61,7 +61,7 @@ class Progress(ProgressBar):
     ) -> None:
         """Move on; show the numbers when there are new ones."""
         metrics = metrics_of(trainer)
-        if metrics is not None and metrics.row is not self._row:
+        if metrics is not None and metrics.row and metrics.row is not self._row:
             self._row = metrics.row
             self._show_row(trainer)
         elif self._bar is not None:

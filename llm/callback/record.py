@@ -38,11 +38,16 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`: a resumed run writes them again."""
-        rows = self.rows()
-        kept = [row for row in rows if row["step"] <= step]
-        if len(kept) < len(rows) or (self.path.exists() and not self.path.read_text().endswith("\n")):
+        self._keep([row for row in self.rows() if row["step"] <= step])
+
+    def forget_validation(self, step: int) -> None:
+        """Forget what was measured at `step`: it is about to be measured again."""
+        self._keep([row for row in self.rows() if row["step"] != step or "val/loss" not in row])
+
+    def _keep(self, rows: list[Row]) -> None:
+        if self.path.exists():
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
             os.replace(temporary, self.path)
 
     def export_csv(self) -> None:

@@ -46,13 +46,18 @@ class Sample(Callback):
         self.seed = seed
         self.texts: list[str] = []  # the newest samples, prompts included
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run that starts anew forgets what an earlier attempt in its directory wrote."""
+        if trainer.is_global_zero and trainer.global_step == 0:
+            _file(trainer).write_text("")
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample, and add to the file."""
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, Objective)
         self.texts = self._continue_prompts(trainer, pl_module)
-        with open(Path(trainer.default_root_dir) / "samples.txt", "a") as file:
+        with open(_file(trainer), "a") as file:
             for number, text in enumerate(self.texts, 1):
                 file.write(f"==== step {trainer.global_step}, sample {number} ====\n{text}\n\n")
         for logger in trainer.loggers:
@@ -82,3 +87,7 @@ class Sample(Callback):
                 )
             texts.append(tokenizer.decode(tokens[0, 1:].tolist()))
         return texts
+
+
+def _file(trainer: L.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "samples.txt"

@@ -100,10 +100,11 @@ def _baselines(trainer: L.Trainer) -> dict[str, float]:
 
 def _print(summary: dict[str, Any], samples: list[str], run_dir: Path) -> None:
     """The result beside the baselines, the samples, and where everything lies."""
-    console = Console(soft_wrap=False)
+    console = Console()
     for number, text in enumerate(samples, 1):
         console.print(Panel(Text(text), title=f"sample {number}", border_style="dim"))
-    table = Table("held-out text", "bits per byte", title=_headline(summary))
+    console.print(_headline(summary), highlight=False)
+    table = Table("held-out text", "bits per byte")
     for name, value in summary["baselines"].items():
         table.add_row(name.removesuffix("/bits_per_byte"), f"{value:.3f}")
     table.add_row("[bold]this model[/bold]", f"[bold]{_number(summary['val/bits_per_byte'], '.3f')}[/bold]")

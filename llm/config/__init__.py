@@ -1,13 +1,13 @@
 """A run's configuration: its schema, and every mistake in it at once, before anything is built.
 
-    register()                                              # once per process, before Hydra composes
-    check_overrides(sys.argv[1:], "conf", "train")          # what Hydra would refuse, and check(), in one list
-    check(cfg)                                              # a configuration composed elsewhere
+register()                                              # once per process, before Hydra composes
+check_overrides(sys.argv[1:], "conf", "train")          # what Hydra would refuse, and check(), in one list
+check(cfg)                                              # a configuration composed elsewhere
 """
 
 from llm.config.check import check
 from llm.config.command_line import check_overrides
-from llm.config.mistake import ConfigError
+from llm.config.mistake import ConfigError, refuse
 from llm.config.schema import Run, register, run_id
 
-__all__ = ["ConfigError", "Run", "check", "check_overrides", "register", "run_id"]
+__all__ = ["ConfigError", "Run", "check", "check_overrides", "refuse", "register", "run_id"]

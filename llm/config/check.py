@@ -14,7 +14,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from llm.config import habit
 from llm.config.mistake import ConfigError, did_you_mean, line, nearest
-from llm.config.schema import NODE_DICTS, NODES, SCALARS
+from llm.config.schema import NODE_DICTS, NODES, ROOT, SCALARS
 from llm.config.target import Parameter, Signature, TargetError, is_ours, resolve, returned, signature
 from llm.config.value import Built, judge, shown
 
@@ -39,8 +39,8 @@ class _UnknownError(Exception):
 def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
     """Raise ConfigError naming every misspelt, missing, mistyped or refused key of `cfg`. Builds and writes nothing.
 
-    `overrides` are the command line's `key=value`: if all of them lie in rooms that need no torch and a mistake is found there,
-    the answer comes without importing Lightning.
+    `overrides` are the command line's `key=value`: if all of them lie in rooms that need no torch and a mistake is
+    found there, the answer comes without importing Lightning.
     """
     if mistakes := find(cfg, overrides):
         raise ConfigError(mistakes)
@@ -75,15 +75,17 @@ class _Search:
         self.cfg = copy.deepcopy(cfg)
         OmegaConf.set_struct(self.cfg, False)
         self.mistakes: list[Mistake] = []
-        packages = OmegaConf.select(self.cfg, "packages", default=[])
-        self.packages = tuple(p for p in packages or [] if isinstance(p, str)) if isinstance(packages, ListConfig) else ()
+        self.packages = packages_of(self.cfg)
         self.built: dict[str, Any] = {}
 
     def add(self, key: str, value: str, rule: str, remedy: str = "", source: str = "") -> None:
         self.mistakes.append(Mistake(key, line(key, value, rule, remedy), source))
 
     def root(self) -> None:
-        """The scalars, and that each group holds a node."""
+        """The keys themselves, the scalars, and that each group holds a node."""
+        for key in map(str, self.cfg):
+            if key not in ROOT:
+                self.add(key, _raw(self.cfg, key), "no such key", did_you_mean(nearest(key, ROOT)))
         for key, hint in SCALARS.items():
             if key in self.cfg and (value := self.value_of(self.cfg, key, key)) is not _UNKNOWN:
                 self.judge(key, value, hint, self.reference(self.cfg, key))
@@ -93,7 +95,7 @@ class _Search:
                 self.expect_node(self.cfg, key, key, f"choose one: {key}=…")
         for group in NODE_DICTS:
             node = self.cfg.get(group)
-            for name in node if isinstance(node, DictConfig) else ():
+            for name in map(str, node) if isinstance(node, DictConfig) else ():
                 self.expect_node(node, name, f"{group}.{name}", f"to remove it write ~{group}.{name}")
 
     def resume(self) -> None:
@@ -105,11 +107,13 @@ class _Search:
     def expect_node(self, parent: DictConfig, name: Any, key: str, remedy: str) -> None:
         if OmegaConf.is_missing(parent, name):
             return self.add(key, "???", "must be set", remedy)
-        if (value := self.value_of(parent, name, key, nodes=False)) is _UNKNOWN:
-            return None
-        if not isinstance(value, dict):
-            return self.add(key, shown(value), "must be a node: a mapping with _target_", remedy)
-        if "_target_" not in value:
+        try:
+            node = parent[name]
+        except OmegaConfBaseException as error:
+            return self.interpolation(parent, name, key, error)
+        if not isinstance(node, DictConfig) or node._is_none():
+            return self.add(key, shown(node), "must be a node: a mapping with _target_", remedy)
+        if "_target_" not in node:
             return self.add(f"{key}._target_", "not set", "names the class to build", remedy)
         return None
 
@@ -118,7 +122,7 @@ class _Search:
         node = OmegaConf.select(self.cfg, "trainer") if not OmegaConf.is_missing(self.cfg, "trainer") else None
         if not isinstance(node, DictConfig):
             return
-        for name in node:
+        for name in map(str, node):
             key = f"trainer.{name}"
             if OmegaConf.is_missing(node, name):
                 continue
@@ -135,7 +139,12 @@ class _Search:
         for name, (right, reason) in habit.FIXED.items():
             if name not in node or node[name] is not right:
                 value = shown(node[name]) if name in node else "not set"
-                self.add(f"trainer.{name}", value, f"must be {shown(right)}: {reason}", f"write trainer.{name}={shown(right)}")
+                self.add(
+                    f"trainer.{name}",
+                    value,
+                    f"must be {shown(right)}: {reason}",
+                    f"write trainer.{name}={shown(right)}",
+                )
         self.length(node)
 
     def length(self, node: DictConfig) -> None:
@@ -181,6 +190,8 @@ class _Search:
         here, parameter = f"{key}.{name}", takes.parameters.get(name)
         if name == "_args_":
             return self.add(here, "", "arguments are given by name", f"it takes {', '.join(takes.parameters)}")
+        if parameter is None and key == "trainer" and name in habit.HABITS:
+            return None  # answered by `trainer`
         if parameter is None:
             # Beside **kwargs any name is right; one that is nearly a named argument is still more likely misspelt.
             close = nearest(name, takes.parameters, cutoff=0.85 if takes.open else 0.6)
@@ -188,8 +199,7 @@ class _Search:
                 return None
             listed = f"it takes {', '.join(takes.parameters)}" if len(takes.parameters) <= 12 else ""
             meant = did_you_mean([f"{key}.{word}" for word in close]) or listed
-            shown_value = shown(self.value_of(node, name, here, nodes=False, report=False))
-            return self.add(here, shown_value, f"{node['_target_']} has no such argument", meant)
+            return self.add(here, _raw(node, name), f"{node['_target_']} has no such argument", meant)
         if OmegaConf.is_missing(node, name):
             return self.add(here, "???", "must be set", f"write {here}=…")
         if key == "trainer" and name in {*habit.TRAINER, *habit.HABITS, *habit.FIXED}:
@@ -208,7 +218,9 @@ class _Search:
         target = self.target(node)
         if node.get("_partial_") or not is_ours(target, self.packages):
             return
-        values = {name: self.value_of(node, name, key, report=False) for name in node if name not in _HYDRA_KEYS}
+        values = {
+            name: self.value_of(node, name, key, report=False) for name in map(str, node) if name not in _HYDRA_KEYS
+        }
         if any(value is _UNKNOWN for value in values.values()) or any(map(_holds_stand_in, values.values())):
             return
         try:
@@ -234,11 +246,11 @@ class _Search:
         """The key that a value was taken from: `trainer.max_steps` for `${trainer.max_steps}`."""
         if not OmegaConf.is_interpolation(node, name):
             return ""
-        raw = re.fullmatch(r"\$\{([\w.]+)\}", str(OmegaConf.to_container(node, resolve=False)[name]))  # type: ignore[index, call-overload]
+        raw = re.fullmatch(r"\$\{([\w.]+)\}", _raw(node, name))
         return raw[1] if raw else ""
 
     def value_of(self, node: DictConfig, name: Any, key: str, nodes: bool = True, report: bool = True) -> Any:
-        """The value of a key as plain data, each node in it by what stands for its object; _UNKNOWN if it cannot be told."""
+        """The value of a key as plain data, a stand-in for each node in it; _UNKNOWN if it cannot be told."""
         try:
             return self.plain(node[name], nodes)
         except InterpolationToMissingValueError:
@@ -251,11 +263,14 @@ class _Search:
             return _UNKNOWN
 
     def interpolation(self, node: DictConfig, name: Any, key: str, error: OmegaConfBaseException) -> None:
-        raw = str(OmegaConf.to_container(node, resolve=False)[name])  # type: ignore[index, call-overload]
+        """Report `${…}` that leads nowhere, once: where it is written, not where that place is referred to."""
+        raw = _raw(node, name)
         wanted = re.search(r"'([\w.]+)' not found", str(error))
+        if re.fullmatch(r"\$\{[\w.]+\}", raw) if wanted is None else wanted[1] not in raw:
+            return
         close = nearest(wanted[1], keys(self.cfg)) if wanted else []
         rule = f"{wanted[1]} does not exist" if wanted else _first_line(error)
-        self.add(key, raw if raw.startswith("${") or "${" in raw else "a value inside it", rule, did_you_mean(close))
+        self.add(key, raw, rule, did_you_mean([f"${{{word}}}" for word in close]))
 
     def plain(self, value: Any, nodes: bool) -> Any:
         if isinstance(value, ListConfig):
@@ -269,7 +284,7 @@ class _Search:
         if any(OmegaConf.is_missing(value, name) for name in value):
             if nodes:
                 raise _UnknownError
-            return {name: None for name in value}
+            return dict.fromkeys(value)
         return {name: self.plain(value[name], nodes) for name in value}
 
     def stand_in(self, node: DictConfig) -> Any:
@@ -293,17 +308,22 @@ class _Unknown:
 _UNKNOWN = _Unknown()
 
 
-def keys(cfg: DictConfig | ListConfig, prefix: str = "") -> Iterator[str]:
+def keys(cfg: DictConfig, prefix: str = "") -> Iterator[str]:
     """Every key of a configuration, dotted, as it is written on the command line."""
-    for name in cfg if isinstance(cfg, DictConfig) else ():
-        key = f"{prefix}{name}"
-        yield key
-        if not OmegaConf.is_interpolation(cfg, name) and not OmegaConf.is_missing(cfg, name):
-            if isinstance(cfg[name], DictConfig):
-                yield from keys(cfg[name], f"{key}.")
+    for name in map(str, cfg):
+        yield f"{prefix}{name}"
+        written = not OmegaConf.is_interpolation(cfg, name) and not OmegaConf.is_missing(cfg, name)
+        if written and isinstance(cfg[name], DictConfig) and not cfg[name]._is_none():
+            yield from keys(cfg[name], f"{prefix}{name}.")
 
 
-def _walk(cfg: DictConfig | ListConfig, key: str) -> Iterator[tuple[str, DictConfig]]:
+def packages_of(cfg: DictConfig) -> tuple[str, ...]:
+    """The user's own packages, of which targets may be named; a wrong value of that key allows none."""
+    packages = OmegaConf.select(cfg, "packages") if "packages" in cfg else None
+    return tuple(name for name in packages if isinstance(name, str)) if isinstance(packages, ListConfig) else ()
+
+
+def _walk(cfg: Any, key: str) -> Iterator[tuple[str, DictConfig]]:
     """Every node where it is written, inner ones first; not where it is referred to."""
     names = list(cfg) if isinstance(cfg, DictConfig) else range(len(cfg))
     for name in names:
@@ -314,6 +334,12 @@ def _walk(cfg: DictConfig | ListConfig, key: str) -> Iterator[tuple[str, DictCon
             yield from _walk(inner, f"{key}.{name}" if key else str(name))
     if isinstance(cfg, DictConfig) and "_target_" in cfg:
         yield key, cfg
+
+
+def _raw(node: DictConfig, name: Any) -> str:
+    """A value as it is written: `${trainer.max_steps}`."""
+    written: Any = OmegaConf.to_container(node)
+    return str(written[name]) if OmegaConf.is_interpolation(node, name) else shown(written[name])
 
 
 def _is_default(value: Any, parameter: Parameter) -> bool:

@@ -1,6 +1,7 @@
 """What Hydra would refuse, and what the check refuses, in one list before `hydra.main` runs.
 
-Hydra alone stops at its first mistake and exits 1. Here each override is tried alone, then the run that the others make is checked.
+Hydra alone stops at its first mistake and exits 1. Here each override is tried alone, and the run that the right ones
+make is checked.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import argparse
 import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator, NoReturn
+from typing import Any, NoReturn
 
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -24,7 +25,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from llm.config.check import find
 from llm.config.explain import Explainer
@@ -34,8 +35,8 @@ from llm.config.mistake import ConfigError, line
 def check_overrides(argv: Sequence[str], config_dir: str | Path, config_name: str = "train") -> DictConfig | None:
     """Raise ConfigError with every mistake of a command line (`sys.argv[1:]`) and of the run that it composes.
 
-    Gives the composed configuration, under -m that of the first job; None where the command line asks Hydra for something else
-    (--help, --cfg, --info, completion), which is left to `hydra.main`. `register()` has to come first.
+    Gives the composed configuration, under -m that of the first job; None where the command line asks Hydra for
+    something else (--help, --cfg, --info, completion), which is left to `hydra.main`. `register()` has to come first.
     """
     arguments, mistakes = _parsed_flags(argv)
     if _is_for_hydra(arguments):
@@ -100,13 +101,14 @@ class _Composer:
 
     def variants(self, overrides: list[Override]) -> Iterator[list[Override]]:
         """Each value of each sweep once, beside the first of the others: that is where a value's own mistakes show."""
-        values = [self.values(override) for override in overrides]
+        values = [values for override in overrides if (values := self.values(override))]
         yield [options[0] for options in values]
         for n, options in enumerate(values):
             for option in options[1:]:
                 yield [option if m == n else others[0] for m, others in enumerate(values)]
 
     def values(self, override: Override) -> list[Override]:
+        """What an override stands for, one by one; nothing for an interval, which only a sweeper's plugin can read."""
         if not override.is_discrete_sweep():
             return [] if override.is_sweep_override() else [override]
         key = override.get_key_element()
@@ -125,7 +127,7 @@ class _Composer:
             try:
                 ConfigLoaderImpl._apply_overrides_to_config([override], cfg)
                 applied.append(str(override.input_line))
-            except HydraException as error:
+            except Exception as error:  # Hydra's own, and OmegaConf's AttributeError below a scalar
                 cfg = before
                 mistakes.append(self.explain.value(override, cfg, error))
         self.enter(cfg)
@@ -184,9 +186,9 @@ class _Composer:
         """The run directory as job 0 and as job 1 of a sweep."""
         found = []
         for number in (0, 1):
-            with open_dict(HydraConfig.get()):
-                OmegaConf.set_readonly(HydraConfig.instance().cfg.hydra, False)  # type: ignore[union-attr]
-                HydraConfig.get().job.num = number
+            seen: Any = HydraConfig.get()
+            with read_write(seen), open_dict(seen):
+                seen.job.num = number
             try:
                 found.append(str(OmegaConf.select(cfg, "run_dir")))
             except Exception:  # reported by the check
@@ -202,7 +204,8 @@ def _shared_run_dir(run_dirs: list[list[str]]) -> list[str]:
     if numbered or len({first for first, _ in run_dirs}) == len(run_dirs):
         return []
     rule = "every job of a sweep needs a directory of its own"
-    return [line("run_dir", repr(run_dirs[0][0]), rule, "leave run_name out, or end it in '/${hydra:job.num}' (in quotes)")]
+    remedy = "leave run_name out, or end it in '/${hydra:job.num}' (in quotes)"
+    return [line("run_dir", repr(run_dirs[0][0]), rule, remedy)]
 
 
 def _parsed_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -220,7 +223,8 @@ def _parsed_flags(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     mistakes = [line(flag, "", rule, f"write {right}") for flag, right in zip(flags, written, strict=True)]
     behind = [text for text in unknown if not text.startswith("-")]
     if not flags:  # argparse takes overrides from one place only; behind a wrong flag they are read all the same
-        mistakes += [line(text, "", "is cut off from the other overrides by a flag", "write flags first") for text in behind]
+        rule = "is cut off from the other overrides by a flag"
+        mistakes += [line(text, "", rule, "write flags first") for text in behind]
     arguments.overrides += behind
     return arguments, mistakes
 

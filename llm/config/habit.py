@@ -16,7 +16,7 @@ TRAINER: dict[str, Any] = {
     "max_epochs": Steps | None,
     "precision": Literal["32-true", "bf16-mixed", "bf16-true"],
     "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
-    "devices": Annotated[int, Ge(-1)] | list[int] | str,
+    "devices": Steps | Literal["auto", -1] | list[int],
     "num_nodes": Steps,
     "val_check_interval": Steps | None,
     "limit_train_batches": Steps | None,
@@ -41,6 +41,7 @@ class Habit(NamedTuple):
     neutral: tuple[Any, ...] = (None,)
 
 
+_RESUME = "write resume=auto, must, never or a path"
 HABITS: dict[str, Habit] = {
     "accumulate_grad_batches": Habit(
         "follows from the two batch sizes and the number of devices",
@@ -50,9 +51,9 @@ HABITS: dict[str, Habit] = {
     "gradient_clip_val": Habit("the optimizer clips", "write optimizer.clip_norm=…"),
     "gradient_clip_algorithm": Habit("gradients are clipped by their norm", "write optimizer.clip_norm=…"),
     "log_every_n_steps": Habit("metrics have one flush interval", "write callback.metrics.every_n_steps=…"),
-    "ckpt_path": Habit("a run finds its own checkpoint", "write resume=auto, must, never or a path"),
-    "resume_from": Habit("a run finds its own checkpoint", "write resume=auto, must, never or a path"),
-    "resume_from_checkpoint": Habit("a run finds its own checkpoint", "write resume=auto, must, never or a path"),
+    "ckpt_path": Habit("a run finds its own checkpoint", _RESUME, ()),
+    "resume_from": Habit("a run finds its own checkpoint", _RESUME, ()),
+    "resume_from_checkpoint": Habit("a run finds its own checkpoint", _RESUME, ()),
     "barebones": Habit("removes what a run is recorded by", "write callback=none logger=none", (None, False)),
     "fast_dev_run": Habit(
         "silences loggers and checkpoints, so it tries out another run than yours",
@@ -67,10 +68,10 @@ HABITS: dict[str, Habit] = {
     "reload_dataloaders_every_n_epochs": Habit(
         "one loader serves the whole run", "leave it out; the order of the data differs from epoch to epoch", (None, 0)
     ),
-    "auto_lr_find": Habit("there is no tuner", "sweep it: -m optimizer.lr=1e-3,3e-3", (None, False)),
-    "auto_scale_batch_size": Habit("there is no tuner", "set data.micro_batch_size", (None, False)),
-    "gpus": Habit("is the number of devices", "write trainer.devices=…"),
-    "resume": Habit("belongs to the run", "write resume=auto, must, never or a path"),
+    "auto_lr_find": Habit("there is no tuner", "sweep it: -m optimizer.lr=1e-3,3e-3", ()),
+    "auto_scale_batch_size": Habit("there is no tuner", "set data.micro_batch_size", ()),
+    "gpus": Habit("is the number of devices", "write trainer.devices=…", ()),
+    "resume": Habit("belongs to the run", _RESUME, ()),
 }
 # Values that Lightning takes where a node of another group belongs.
 NODE_HABITS = {

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+EXIT_CODE = 64  # EX_USAGE of sysexits.h
 
 
 class ConfigError(ValueError):
@@ -14,6 +19,16 @@ class ConfigError(ValueError):
         n = len(self.mistakes)
         header = f"{n} mistake{'s' if n > 1 else ''} in the configuration, nothing was started:"
         super().__init__("\n".join([header, *(f"  {mistake}" for mistake in self.mistakes)]))
+
+
+def refuse(error: ConfigError) -> NoReturn:
+    """Print what is wrong and leave with exit code 64.
+
+    At once: nothing has been started that would have to be ended, and unloading Lightning in good order takes 2 s.
+    """
+    sys.stdout.flush()
+    print(error, file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)
 
 
 def line(key: str, value: str, rule: str, remedy: str = "") -> str:

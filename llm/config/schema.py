@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Lt, MinLen
@@ -13,6 +13,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import MISSING, OmegaConf
+
+from llm.config.online import wandb_offline
 
 RUN_ID = "LLM_RUN_ID"
 
@@ -44,6 +46,7 @@ class Run:
     packages: Any = field(default_factory=list)
 
 
+ROOT = tuple(item.name for item in fields(Run))
 NODES = ("model", "tokenizer", "data", "objective", "optimizer", "schedule", "strategy", "trainer")
 NODE_DICTS = ("callback", "logger")
 SCALARS: dict[str, Any] = {
@@ -61,10 +64,11 @@ def register() -> None:
     """Make the schema known to Hydra as `run`, and `${run_id:}` to OmegaConf. Calling it again changes nothing."""
     ConfigStore.instance().store(name="run", node=Run)
     OmegaConf.register_new_resolver("run_id", _run_id_of_job, replace=True)
+    OmegaConf.register_new_resolver("wandb_offline", wandb_offline, use_cache=True, replace=True)
 
 
 def run_id() -> str:
-    """The id of this run: LLM_RUN_ID, else the SLURM job (an array's task has its own), else the time and four random hex.
+    """The id of this run: LLM_RUN_ID, else the SLURM job (or array task), else the time and four random hex.
 
     A made id is put into the environment, so that processes started from here belong to the same run.
     """

@@ -8,7 +8,7 @@ import math
 import pathlib
 import types
 from collections import abc
-from functools import lru_cache
+from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, NewType, TypeVar, Union, get_args, get_origin, is_typeddict
 
 import annotated_types
@@ -57,7 +57,7 @@ class Fault(NamedTuple):
 
 
 def judge(value: Any, hint: Any) -> list[Fault]:
-    """The faults of `value` as a `hint`; none where pydantic has no way to express the hint: the code itself will tell."""
+    """The faults of `value` as a `hint`; none where pydantic cannot express the hint: the code itself will tell."""
     adapter = _adapter(hint)
     if adapter is None:
         return []
@@ -90,7 +90,7 @@ def wording(hint: Any) -> str:
     if origin is tuple and Ellipsis not in args:
         return f"a list of {len(args)}: {', '.join(wording(arg) for arg in args)}"
     if _is_collection(origin):
-        return f"a list of {wording(args[0])} each"
+        return f"a list, each item {wording(args[0])}"
     if origin is not None:
         return _WORDS.get(origin, f"{getattr(origin, '__name__', origin)}")
     if inspect.isclass(hint) and issubclass(hint, enum.Enum):
@@ -112,7 +112,7 @@ def _new_adapter(hint: Any) -> TypeAdapter[Any] | None:
         return None
 
 
-_cached_adapter = lru_cache(maxsize=None)(_new_adapter)
+_cached_adapter = cache(_new_adapter)
 
 
 def _from_yaml(hint: Any) -> Any:
@@ -126,7 +126,7 @@ def _from_yaml(hint: Any) -> Any:
         inner = tuple(arg if arg is Ellipsis else _from_yaml(arg) for arg in args)
         return Annotated[origin[inner], Strict(False)]
     if origin in (dict, abc.Mapping, abc.MutableMapping):
-        return dict[args[0], _from_yaml(args[1])]  # type: ignore[misc]
+        return dict[args[0], _from_yaml(args[1])]  # type: ignore[misc, valid-type]
     if _is_collection(origin):
         return list[_from_yaml(args[0])]  # type: ignore[misc]
     if origin is not None or not inspect.isclass(hint) or isinstance(hint, (NewType, TypeVar)):
@@ -137,7 +137,7 @@ def _from_yaml(hint: Any) -> Any:
         return Annotated[hint, Strict(False)]
     if hint in _WORDS or hint in (object, bytes, complex):
         return hint
-    return InstanceOf[hint]
+    return Annotated[hint, InstanceOf()]
 
 
 def _is_collection(origin: Any) -> bool:
@@ -209,8 +209,9 @@ def _remedy(value: Any, hint: Any) -> str:
         return f"write {value} without quotes"
     if isinstance(value, float) and math.isfinite(value) and value.is_integer() and int in members:
         return f"write {int(value)}"
-    if isinstance(value, (int, float, str)) and any(m in (list, tuple) or _is_collection(get_origin(m)) for m in members):
-        return f"write a list: [{value}]" if not any(m in (str, int, float) for m in members) else ""
+    is_list = [m in (list, tuple) or _is_collection(get_origin(m)) for m in members]
+    if isinstance(value, (int, float, str)) and any(is_list) and not {int, float, str} & members:
+        return f"write a list: [{value}]"
     if isinstance(value, dict) and any(inspect.isclass(m) and m not in _WORDS for m in members):
         return "a node names its class with _target_"
     return ""

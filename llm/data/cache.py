@@ -1,4 +1,4 @@
-"""Folders that are made once: each is named by what went into it, appears whole or not at all, and is checked when found."""
+"""Folders that are made once: named by what went into them, there in whole or not at all, and checked when found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 META = "meta.json"
-_OURS = re.compile(r"(?P<kind>tokenizer|tokens|rows)-[0-9a-f]{16}(?P<rest>\.lock|\.tmp-(?P<host>[^ ]+)-(?P<pid>\d+)-[0-9a-f]{8})?")
+_OURS = re.compile(
+    r"(?P<kind>tokenizer|tokens|rows)-[0-9a-f]{16}(?P<rest>\.lock|\.tmp-(?P<host>[^ ]+)-(?P<pid>\d+)-[0-9a-f]{8})?"
+)
 _log = logging.getLogger(__name__)
 
 
@@ -40,24 +42,25 @@ class Cache:
 def cached(root: Path, kind: str, key: str, build: Callable[[Path], dict[str, Any]]) -> Cache:
     """The folder `root/kind-key`, built by `build(folder) -> meta` unless an intact one is there.
 
-    It is built under another name and renamed when complete, so that a killed process leaves nothing that could be taken for
-    it; of two processes one builds and the other waits (or, where the file system has no locks, the first rename wins).
-    Raises OSError naming data.cache_dir when the place cannot be written.
+    It is built under another name and renamed when complete, so that a killed process leaves nothing that could be
+    taken for it; of two processes one builds and the other waits (or, where the file system has no locks, the first
+    rename wins). Raises OSError naming data.cache_dir when the place cannot be written.
     """
     final = root / f"{kind}-{key}"
-    found = _intact(final)
-    if found is not None:
-        return found
     try:
+        found = _intact(final)
+        if found is not None:
+            return found
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / f"{kind}-{key}.lock"):
+        with _locked(final):
             found = _intact(final)
             return _build(final, build) if found is None else found
     except OSError as error:
         if error.filename is not None and not str(error.filename).startswith(str(root)):
             raise  # a source that cannot be read, not the cache
         raise OSError(
-            error.errno, f"data.cache_dir={root}: {error.strerror or error}; free some space or set another data.cache_dir"
+            error.errno,
+            f"data.cache_dir={root}: {error.strerror or error}; free some space or set another data.cache_dir",
         ) from error
 
 
@@ -68,16 +71,22 @@ def caches(root: Path) -> list[Cache]:
 
 
 def remove_caches(root: Path) -> int:
-    """Delete everything below `root` that this module made, left-overs of killed processes included; returns the bytes freed.
+    """Delete all caches below `root`, left-overs of killed processes included; returns the bytes freed.
 
-    Other files in `root` stay.
+    What another process is making just now stays, and so do files that are none of ours.
     """
+    ours = [path for path in sorted(root.glob("*-*")) if _OURS.fullmatch(path.name)]
     freed = 0
-    for path in sorted(root.glob("*-*")):
-        if _OURS.fullmatch(path.name):
-            inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-            freed += sum(file.stat().st_size for file in inside)
-            _remove(path)
+    for name in sorted({path.name[: path.name.index("-") + 17] for path in ours}):
+        try:
+            with _locked(root / name, wait=False):
+                for path in [path for path in ours if path.name.startswith(name)]:
+                    inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+                    freed += sum(file.stat().st_size for file in inside)
+                    _remove(path)
+                _remove(root / f"{name}.lock")
+        except BlockingIOError:
+            _log.warning("%s: another process is making this; it stays", root / name)
     return freed
 
 
@@ -140,16 +149,21 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process. Where the file system has none, go on without: the rename decides."""
+def _locked(final: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock that ends with the process. Where the file system has none, go on without: the rename decides.
+
+    Raises BlockingIOError when another process holds it and we are not to wait.
+    """
     import fcntl
 
-    with path.open("w") as stream:
+    with final.with_name(f"{final.name}.lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _log.warning("%s: another process is making this; waiting for it", path.with_suffix(""))
+            if not wait:
+                raise
+            _log.warning("%s: another process is making this; waiting for it", final)
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
-            _log.info("%s: no lock here (%s)", path, error.strerror)
+            _log.info("%s: no lock here (%s)", final, error.strerror)
         yield

@@ -29,7 +29,7 @@ class Step:
 
 
 def assemble(rows: Rows, chosen: np.ndarray, document_mask: bool, pad_id: int) -> dict[str, np.ndarray]:
-    """Rows `chosen` of one source as tokens, labels, documents and positions, all int64 [B, T]; -1 gives an empty row."""
+    """Rows `chosen` of one source as tokens, labels, documents, positions, all int64 [B, T]; -1 gives an empty row."""
     length = rows.max_length
     n_rows = len(chosen)
     empty = chosen < 0

@@ -34,10 +34,11 @@ class _Prepared:
 class TextData(LightningDataModule):
     """Packed rows of text for pretraining.
 
-    Exactly one of `sources` (named, mixed by their weights) and `path` (files, whose text is in `column`) says what to read.
-    Every `val_every`-th document of a source without validation files of its own is held out; None holds nothing out.
-    `batch_size` counts the rows of one optimizer step over all processes; each process computes its share
-    `micro_batch_size` rows at a time (None: all at once). With `document_mask` documents of one row do not see each other.
+    Exactly one of `sources` (named, mixed by their weights) and `path` (files, whose text is in `column`) says what
+    to read. Every `val_every`-th document of a source without validation files of its own is held out; None holds
+    nothing out. `batch_size` counts the rows of one optimizer step over all processes; each process computes its
+    share `micro_batch_size` rows at a time (None: all at once). With `document_mask` documents of one row do not see
+    each other.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class TextData(LightningDataModule):
     # Preparation
 
     def prepare(self) -> None:
-        """Build or find the tokenizer, the token files and the rows. Raises DataError, or OSError for data.cache_dir."""
+        """Build or find the tokenizer, the token files and the rows. Raises DataError; OSError for data.cache_dir."""
         _ = self._prepared
 
     def prepare_data(self) -> None:
@@ -110,7 +111,8 @@ class TextData(LightningDataModule):
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides which tokens are in batch N."""
-        weights = {name: source.weight for name, source in self.sources.items()}
+        total = sum(source.weight for source in self.sources.values())
+        weights = {name: round(source.weight / total, 9) for name, source in self.sources.items()}
         contents = {
             name: (rows.tokens_cache.meta["content"], rows.rows_cache.meta["held"])
             for name, rows in self._prepared.train.items()
@@ -130,15 +132,22 @@ class TextData(LightningDataModule):
         return digest(self.settings)
 
     def report(self) -> dict[str, Any]:
-        """What was prepared: vocab_size, tokenizer and, by split ("train", "val") and source, counts of documents (empty ones
-        are left out), tokens (inputs, which are as many as labels), rows, cut documents, fill (0-1) and bytes per token."""
+        """What was prepared, as plain numbers and texts.
+
+        By split ("train", "val") and source: documents (`empty` ones are left out), inputs (one more than tokens in a
+        document; there are as many labels), rows, documents cut, and fill, the share of positions with an input.
+        By source also bytes and bytes per token.
+        """
         splits = {"train": self._prepared.train, "val": self._prepared.val}
         return {
             "tokenizer": type(self.recipe).__name__,
             "vocab_size": self.tokenizer.vocab_size,
             "max_length": self.max_length,
+            "tokens_per_step": round(self.tokens_per_step, 1),
+            "steps_per_epoch": self.n_steps(max_epochs=1),
             "cache_dir": str(self.cache_dir),
-            **{split: {name: _report(rows) for name, rows in parts.items()} for split, parts in splits.items()},
+            "sources": {name: _text_report(rows) for name, rows in self._prepared.train.items()},
+            **{split: {name: _rows_report(rows) for name, rows in parts.items()} for split, parts in splits.items()},
         }
 
     def val_texts(self) -> Iterator[str]:
@@ -155,7 +164,7 @@ class TextData(LightningDataModule):
         train = self._prepared.train
         n_rows = tuple(len(rows) for rows in train.values())
         shares = tuple(
-            self.sources[name].weight * len(rows) / rows.rows_cache.meta["tokens"] for name, rows in train.items()
+            self.sources[name].weight * len(rows) / rows.rows_cache.meta["inputs"] for name, rows in train.items()
         )
         return Order(n_rows, shares, self.batch_size, self.seed)
 
@@ -163,7 +172,7 @@ class TextData(LightningDataModule):
     def tokens_per_step(self) -> float:
         """Labels per optimizer step on average: batch_size * max_length less the padding."""
         shares = np.array(self.order.shares) / sum(self.order.shares)
-        per_row = [rows.rows_cache.meta["tokens"] / len(rows) for rows in self._prepared.train.values()]
+        per_row = [rows.rows_cache.meta["inputs"] / len(rows) for rows in self._prepared.train.values()]
         return float(self.batch_size * (shares @ per_row))
 
     def n_steps(self, max_tokens: int | None = None, max_epochs: float | None = None) -> int:
@@ -189,6 +198,10 @@ class TextData(LightningDataModule):
         """This process's share of every step from `next_batch` to trainer.max_steps (without a trainer: one epoch)."""
         rank, world_size = self._place()
         n_steps = self.n_steps(max_epochs=1) if self.trainer is None else self.trainer.max_steps
+        if n_steps < 1:
+            raise ValueError(
+                f"trainer.max_steps={n_steps}: the data has no end of its own; say how many steps to train"
+            )
         steps = TrainSteps(
             list(self._prepared.train.values()),
             self.order,
@@ -199,7 +212,7 @@ class TextData(LightningDataModule):
         return self._loader(steps, _From(self.next_batch, n_steps))
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        """This process's share of the held-out rows; as many batches in every process, each row once over all of them."""
+        """This process's share of the held-out rows: equally many batches in each, every row once over all."""
         rank, world_size = self._place()
         if not self._prepared.val:
             return []
@@ -225,6 +238,7 @@ class TextData(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # a loader draws a seed when it starts: not from the run's own generator
         )
 
     # Resume
@@ -252,8 +266,7 @@ class TextData(LightningDataModule):
 
 
 class TrainSteps(Dataset[Step]):
-    """Step N as process `rank` of `world_size` sees it: contiguous slices of one global batch. `place`: (rank, world size,
-    micro-batch size)."""
+    """Step N as one process sees it: its slice of the global batch. `place`: rank, world size, rows at once."""
 
     def __init__(
         self, sources: list[Rows], order: Order, place: tuple[int, int, int | None], document_mask: bool, pad_id: int
@@ -269,7 +282,8 @@ class TrainSteps(Dataset[Step]):
         arrays = assemble_mixture(self.sources, slots.source[mine], slots.row[mine], self.document_mask, self.pad_id)
         size = micro_batch_size or share
         batch = to_batch(arrays)
-        return Step(index, [{name: value[at : at + size] for name, value in batch.items()} for at in range(0, share, size)])
+        pieces = [{name: value[at : at + size] for name, value in batch.items()} for at in range(0, share, size)]
+        return Step(index, pieces)
 
 
 class ValBatches(Dataset[Batch]):
@@ -318,19 +332,22 @@ class _From(Sampler[int]):
         return self.last
 
 
-def _report(rows: Rows) -> dict[str, Any]:
-    tokens = rows.tokens_cache.meta
-    kept = ("documents", "tokens", "rows", "cut", "fill")
-    return {name: rows.rows_cache.meta[name] for name in kept} | {
-        "bytes_per_token": tokens["bytes"] / max(1, tokens["tokens"])
-    }
+def _text_report(rows: Rows) -> dict[str, Any]:
+    meta = rows.tokens_cache.meta
+    kept = {name: meta[name] for name in ("documents", "empty", "tokens", "bytes")}
+    return kept | {"bytes_per_token": round(meta["bytes"] / max(1, meta["tokens"]), 4)}
+
+
+def _rows_report(rows: Rows) -> dict[str, Any]:
+    kept = {name: rows.rows_cache.meta[name] for name in ("documents", "inputs", "rows", "cut")}
+    return kept | {"fill": round(rows.rows_cache.meta["fill"], 6)}
 
 
 def _too_few(name: str, n_documents: int, val_every: int) -> str:
     if n_documents < 2:
         return (
-            f"data source {name!r} is a single document, so none can be held out for validation; give it a val_path, "
-            "set its document to paragraph or line, or data.val_every=null"
+            f"data source {name!r} is one document, so none can be held out; read the paragraphs of a text file with "
+            "data=text data.sources.text.path=FILE, name a val_path, or set data.val_every=null"
         )
     return (
         f"data source {name!r} has {n_documents} documents, and every {val_every}th is held out: none for validation; "

@@ -1,9 +1,9 @@
 """Which rows make batch N: a pure function of (seed, N), in O(1) memory, whatever the number of processes or workers.
 
-Rows are handed out one after the other; slot g is the g-th row of the whole run, and batch N is slots N*B to (N+1)*B. Which
-source fills a slot is settled by rounding, so the sources are mixed as evenly as whole rows allow and never drift; which row
-it gives is the next of its current epoch, an epoch being a permutation of its rows. So a batch runs on into the next epoch and
-never shrinks.
+Rows are handed out one after the other; slot g is the g-th row of the whole run, and batch N is slots N*B to (N+1)*B.
+Which source fills a slot is settled by rounding, so the sources are mixed as evenly as whole rows allow and never
+drift; which row it gives is the next of its current epoch, an epoch being a permutation of its rows. So a batch runs
+on into the next epoch and never shrinks.
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def _chunk(order: Order, index: int) -> Slots:
 def interleave(shares: Sequence[float], first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The source of each slot from `first`, and how many slots that source had before it; both int64 [count].
 
-    Of the first n slots, source 0 has floor(n * share); of the others, source 1 has its share rounded down; and so on, the last
-    source having the rest. Each count grows by steps of 0 or 1 with n and they add up to n, so no slot is given twice and
-    none is left; a count is never more than the number of sources away from n times the share.
+    Of the first n slots, source 0 has floor(n * share); of the others, source 1 has its share rounded down; and so
+    on, the last source having the rest. Each count grows by steps of 0 or 1 with n and they add up to n, so no slot
+    is given twice and none is left; a count is never more than the number of sources away from n times the share.
     """
     assert 0 < count < 1 << 20, "longer runs could overflow 64 bits"
     parts = [max(1, round(share / sum(shares) * _UNIT)) for share in shares]

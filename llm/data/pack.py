@@ -1,7 +1,8 @@
 """Placing documents into rows of equal length by best-fit decreasing, within fixed blocks of documents.
 
-Best-fit decreasing (Johnson et al. 1974): the longest piece first, each into the fullest row that still has room for it. A
-block is `BLOCK` documents however many processes prepare them, so each block can be packed anywhere with the same result.
+Best-fit decreasing (Johnson et al. 1974): the longest piece first, each into the fullest row that still has room for
+it. A block is `BLOCK` documents however many processes prepare them, so each block can be packed anywhere with the
+same result.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Only the last rows of a block are not full, so blocks must be long: even of 50-token documents, a block is 400 rows of 8192.
+# Only the last rows of a block are not full, so blocks must be long: even of 50-token documents, a block is 400 rows
+# of 8192.
 BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows as runs of pieces: row r holds pieces `ends[r-1]:ends[r]`; piece p is `lengths[p]` inputs from token `starts[p]`."""
+    """Rows as runs of pieces: row r is pieces `ends[r-1]:ends[r]`; piece p is `lengths[p]` inputs from `starts[p]`."""
 
     starts: np.ndarray  # int64 [pieces], where in the token file
     lengths: np.ndarray  # int32 [pieces]
@@ -26,7 +28,7 @@ class Packed:
 
 
 def pack(starts: np.ndarray, lengths: np.ndarray, max_length: int) -> Iterator[Packed]:
-    """Rows of `max_length` positions from documents of `lengths` inputs that begin at token `starts`, block by block."""
+    """Rows of `max_length` positions from documents of `lengths` inputs that begin at tokens `starts`, by block."""
     for first in range(0, len(starts), BLOCK):
         block = slice(first, first + BLOCK)
         yield _pack_block(starts[block].astype(np.int64), lengths[block].astype(np.int64), max_length)
@@ -40,7 +42,8 @@ def _pack_block(starts: np.ndarray, lengths: np.ndarray, max_length: int) -> Pac
     offset = nth * max_length
     piece_lengths = np.minimum(lengths[document] - offset, max_length)
     row = best_fit_decreasing(piece_lengths, max_length)
-    # Best fit leaves the pieces of a row by falling length, which says nothing about the text: back to the order of the text.
+    # Best fit leaves the pieces of a row by falling length, which says nothing about the text: back to the order of
+    # the text.
     order = np.argsort(row, kind="stable")
     return Packed(
         starts=(starts[document] + offset)[order],
@@ -53,8 +56,8 @@ def _pack_block(starts: np.ndarray, lengths: np.ndarray, max_length: int) -> Pac
 def best_fit_decreasing(lengths: np.ndarray, max_length: int) -> np.ndarray:
     """The row of each piece (int64 [pieces], rows counted from 0): exact, O(n + distinct lengths * max_length / 64).
 
-    Rows with equal room left are interchangeable, so they are kept in stacks by room, and one big integer has a bit for every
-    stack that is not empty: the fullest row with room for n is its lowest bit from n upwards.
+    Rows with equal room left are interchangeable, so they are kept in stacks by room, and one big integer has a bit
+    for every stack that is not empty: the fullest row with room for n is its lowest bit from n upwards.
     """
     order = np.argsort(-lengths, kind="stable")
     whole = int(np.searchsorted(-lengths[order], 1 - max_length))  # as long as a row: nothing to search

@@ -1,7 +1,7 @@
-"""Text -> tokenizer -> token files -> rows, each made once, kept under a fingerprint of what went into it, and memory-mapped.
+"""Text -> tokenizer -> token files -> rows: each made once, kept under a fingerprint of its origin, and memory-mapped.
 
-A document is stored as end-of-text + tokens + end-of-text, so one of n tokens has n + 1 inputs and n + 1 labels, and cutting
-it anywhere loses no prediction: the label of one piece's last input is the first input of the next.
+A document is stored as end-of-text + tokens + end-of-text, so one of n tokens has n + 1 inputs and n + 1 labels, and
+cutting it anywhere loses no prediction: the label of one piece's last input is the first input of the next.
 """
 
 from __future__ import annotations
@@ -104,8 +104,10 @@ def prepare_tokenizer(recipe: Recipe, sources: Mapping[str, Source], val_every: 
     """Build the tokenizer, or find the one trained before on the same text; only training documents are looked at."""
     if not recipe.needs_text:
         return recipe.build(())
-    origin = [(source.fingerprint(), source.weight, source.validation() is None and val_every) for source in sources.values()]
-    key = digest(FORMAT, type(recipe).__name__, sorted(asdict(recipe).items()), origin, _SAMPLE)  # type: ignore[call-overload]
+    origin = [
+        (source.fingerprint(), source.weight, source.validation() is None and val_every) for source in sources.values()
+    ]
+    key = digest(FORMAT, type(recipe).__name__, sorted(asdict(recipe).items()), origin, _SAMPLE)
 
     def build(folder: Path) -> dict[str, Any]:
         started = time.monotonic()
@@ -147,7 +149,7 @@ def _thinned(texts: Iterator[str], n_characters: int, name: str) -> list[str]:
             stride *= 2
             size = sum(map(len, kept))
     if not kept:
-        raise DataError(f"data source {name!r} has no training documents")
+        raise DataError(f"data source {name!r} has no training documents; check its files and data.val_every")
     return kept
 
 
@@ -176,7 +178,8 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path) 
                     _log.info("%s: %d documents, %.2f GB tokenised, %.1f MB/s", name, n_documents, n_bytes / 1e9, speed)
             documents.write(np.int64(n_tokens).data)
         if n_documents == 0:
-            raise DataError(f"data source {name!r} has no documents: all {n_empty} of them are empty")
+            found = f"only {n_empty} empty ones" if n_empty else "none"
+            raise DataError(f"data source {name!r} has no documents ({found}); check its files and its column")
         return {
             "source": name,
             "dtype": dtype.name,
@@ -192,7 +195,7 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path) 
 
 
 def prepare_rows(name: str, tokens: Cache, held: Held, max_length: int, root: Path) -> Rows:
-    """The documents of one split of a token file in rows of `max_length`: starts.bin, lengths.bin, ends.bin (see Packed)."""
+    """One split of a token file in rows of `max_length`: starts.bin, lengths.bin and ends.bin, as in `Packed`."""
     key = digest(FORMAT, tokens.path.name, tokens.meta["content"], held, max_length, BLOCK)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -210,15 +213,15 @@ def prepare_rows(name: str, tokens: Cache, held: Held, max_length: int, root: Pa
                 lengths_file.write(block.lengths.data)
                 ends_file.write((block.ends + n_pieces).data)
                 n_rows, n_pieces, n_cut = n_rows + len(block.ends), n_pieces + len(block.starts), n_cut + block.n_cut
-        n_tokens = int(lengths.sum())
+        n_inputs = int(lengths.sum())
         return {
             "source": name,
             "held": asdict(held),
             "max_length": max_length,
             "documents": len(starts),
-            "tokens": n_tokens,
+            "inputs": n_inputs,
             "rows": n_rows,
-            "fill": n_tokens / (n_rows * max_length) if n_rows else 0.0,
+            "fill": n_inputs / (n_rows * max_length) if n_rows else 0.0,
             "cut": n_cut,
         }
 

@@ -1,20 +1,21 @@
 """Reading local files row by row, in bounded memory, with errors that name file and line.
 
-`datasets` is not used for these: its builders guess types (a csv text "1.0" comes back as a number, "NA" as nothing) and its
-errors name neither file nor line.
+`datasets` is not used for these: its builders guess types (a csv text "1.0" comes back as a number, "NA" as nothing)
+and its errors name neither file nor line.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any
-from zlib import error as ZlibError  # noqa: N812
+from zlib import error as ZlibError
 
 from llm.data.source import DataError, decode, text_of
 
@@ -58,22 +59,56 @@ def _open(path: Path) -> Iterator[BufferedReader]:
         with path.open("rb") as stream:
             yield stream
         return
-    broken: tuple[type[Exception], ...]
-    if path.suffix == ".gz":
-        import gzip
+    unpacked: Any = gzip.GzipFile(path) if path.suffix == ".gz" else _Zstandard(path)
+    with BufferedReader(unpacked) as stream:
+        try:
+            yield stream
+        except (gzip.BadGzipFile, EOFError, ZlibError) as error:
+            raise DataError(f"{path}: damaged or cut off ({error}); compress or copy it again") from None
 
-        broken = (gzip.BadGzipFile, EOFError, ZlibError)
-        opened = BufferedReader(gzip.open(path, "rb"))  # type: ignore[arg-type]
-    else:
+
+class _Zstandard(RawIOBase):
+    """The decompressed bytes of a .zst file, all its frames; EOFError where it is cut off or damaged.
+
+    zstandard's own reader ends without a word in the middle of a frame, and after the first frame.
+    """
+
+    def __init__(self, path: Path) -> None:
         import zstandard
 
-        broken = (zstandard.ZstdError, EOFError)
-        opened = BufferedReader(zstandard.open(path, "rb"))
-    with opened:
-        try:
-            yield opened
-        except broken as error:
-            raise DataError(f"{path}: damaged or cut off ({error}); compress or copy it again") from None
+        self._error = zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if self._frame is not None and self._frame.eof:
+                compressed, self._frame = self._frame.unused_data, None
+            else:
+                compressed = b""
+            compressed = compressed or self._file.read(1 << 17)
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            self._frame = self._frame or self._new()
+            try:
+                self._ready = self._frame.decompress(compressed)
+            except self._error as error:
+                raise EOFError(str(error)) from None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _lines(path: Path, stream: BufferedReader) -> Iterator[tuple[int, str]]:

@@ -1,8 +1,9 @@
-"""Where documents come from. A source is a config node: cheap to make, read one document at a time, known by a fingerprint."""
+"""Where documents come from. A source is a config node: cheap to make, read one document at a time, fingerprinted."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sysconfig
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from annotated_types import Gt
 
 
 class DataError(ValueError):
-    """The data is not what the config says it is: one line with the file or key, the rule and the remedy (exit code 65)."""
+    """The data is not what the config says: one line with the file or key, the rule and the remedy (exit code 65)."""
 
 
 class Source(ABC):
@@ -40,6 +41,10 @@ class Source(ABC):
         return None
 
 
+# Installed packages, and tests, which repeat themselves and hold files that are no Python on purpose.
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
 @dataclass(frozen=True)
 class StandardLibrary(Source):
     """The sources of the running Python's standard library without its tests: about 12 MB that every machine has."""
@@ -50,10 +55,12 @@ class StandardLibrary(Source):
         _check_weight(self.weight)
 
     def files(self) -> list[Path]:
-        root = self._root()
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-        found = (path.relative_to(root) for path in root.rglob("*.py"))
-        return sorted(path for path in found if not left_out.intersection(path.parts[:-1]))
+        """Paths below the library's folder, sorted."""
+        found: list[Path] = []
+        for folder, folders, names in os.walk(self._root()):
+            folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
+            found += [Path(folder, name).relative_to(self._root()) for name in names if name.endswith(".py")]
+        return sorted(found)
 
     def documents(self) -> Iterator[str]:
         files = self.files()
@@ -73,11 +80,11 @@ class StandardLibrary(Source):
 
 @dataclass(frozen=True)
 class Files(Source):
-    """Local files: .jsonl .json .csv .tsv .parquet, any of them also .gz or .zst; everything else is read as plain text.
+    """Local files: .jsonl .json .csv .tsv .parquet, else plain text; all but parquet also as .gz or .zst.
 
-    `path` is a file, a folder (all files below it with a known ending), a glob, or a list of these. `column` names the
-    field that holds the text. A plain text file is one `document`, or one per paragraph (between blank lines) or per line.
-    `val_path` names held-out files; without it every `val_every`-th document is held out.
+    `path` is a file, a folder (all files below it with a known ending), a glob, or a list of these. `column` names
+    the field that holds the text. A plain text file is one `document`, or one per paragraph (between blank lines) or
+    per line. `val_path` names held-out files; without it every `val_every`-th document is held out.
     """
 
     path: str | list[str]
@@ -112,10 +119,10 @@ class Files(Source):
 
 @dataclass(frozen=True)
 class Hub(Source):
-    """A data set of the Hugging Face hub (or any folder that `datasets.load_dataset` reads), streamed in bounded memory.
+    """A data set of the Hugging Face hub (or a folder that `datasets.load_dataset` reads), streamed in bounded memory.
 
-    `revision` pins a commit: without it the cache does not notice when the data set changes. `n_documents` stops after so
-    many. `val_split` names held-out documents; without it every `val_every`-th document is held out.
+    `revision` pins a commit: without it the cache does not notice when the data set changes. `n_documents` stops
+    after so many. `val_split` names held-out documents; without it every `val_every`-th document is held out.
     """
 
     name: str
@@ -143,9 +150,8 @@ class Hub(Source):
             raise
         except Exception as error:  # datasets raises its own, pyarrow's, requests' and fsspec's
             reason = str(error).strip().split("\n")[0]
-            raise DataError(
-                f"hub data set {self.name!r} (config {self.config}, split {self.split}): {type(error).__name__}: {reason}"
-            ) from error
+            where = f"hub data set {self.name!r} (config {self.config}, split {self.split})"
+            raise DataError(f"{where}: {type(error).__name__}: {reason}") from error
 
     def fingerprint(self) -> str:
         return digest("hub", self.name, self.config, self.split, self.column, self.revision, self.n_documents)
@@ -160,7 +166,7 @@ def digest(*parts: Any) -> str:
 
 
 def decode(path: Path, raw: bytes, first_line: int = 1) -> str:
-    """Bytes of `path` as text, exactly as they are. Raises DataError with the line of the first byte that is no UTF-8."""
+    """Bytes of `path` as text, unchanged. Raises DataError with the line of the first byte that is no UTF-8."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -173,7 +179,7 @@ def decode(path: Path, raw: bytes, first_line: int = 1) -> str:
 
 
 def text_of(row: dict[str, Any], column: str, where: str) -> str:
-    """The text in `column` of a row; null is an empty document. Raises DataError when there is no such column or text."""
+    """The text in `column` of a row; null is an empty document. Raises DataError: no such column, or no text in it."""
     if column not in row:
         names = ", ".join(map(repr, row))
         raise DataError(f"{where}: no column {column!r}; it has {names}: set data.column (or the source's column)")

@@ -31,9 +31,9 @@ class Attention(nn.Module):
         self.key_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, hidden: Tensor, mask: Mask, rotation: Rotation | None = None, cache: tuple[LayerCache, int] | None = None
+        self, hidden: Tensor, mask: Mask, rotation: Rotation | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """Hidden [B, T, D] -> [B, T, D]. `cache`: where keys and values are kept, and how many are there."""
+        """Hidden [B, T, D] -> [B, T, D]; with a cache, its keys and values come before the new ones."""
         query, key, value = (
             project(hidden).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value)
         )  # [B, T, H, K], [B, T, G, K] twice
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         # Norms and rotations may have left fp32 behind, and the kernels want one dtype.
         query, key, value = (heads.to(value.dtype).transpose(1, 2) for heads in (query, key, value))
         if cache is not None:
-            key, value = cache[0].append(key, value, cache[1])
+            key, value = cache.append(key, value)
         context = F.scaled_dot_product_attention(
             query,
             key,

@@ -14,7 +14,7 @@ from llm.model.position import Rotation
 class Block(nn.Module):
     """Attention, then feed-forward, each added to the residual stream.
 
-    The unit that strategies compile, checkpoint and shard.
+    The unit that strategies compile, checkpoint and spread over devices.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -27,7 +27,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
     def forward(
-        self, hidden: Tensor, mask: Mask, rotation: Rotation | None = None, cache: tuple[LayerCache, int] | None = None
+        self, hidden: Tensor, mask: Mask, rotation: Rotation | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         if self.norm_first:

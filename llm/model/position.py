@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from llm.model.config import TransformerConfig
 from llm.model.initialisation import Embedding
 
-Rotation = tuple[Tensor, Tensor]  # cosine and sine, each [.., T, 1, K/2], fp32
+Rotation = tuple[Tensor, Tensor]  # cosine and signed sine of `rotate`, each [.., T, 1, K], fp32
 
 
 def _angles(positions: Tensor, width: int, theta: float) -> Tensor:
@@ -26,7 +26,8 @@ def _angles(positions: Tensor, width: int, theta: float) -> Tensor:
 def build_rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
     """The rotations of rotary embedding (Su et al. 2021, arXiv:2104.09864) for positions [T] or [B, T]."""
     angles = _angles(positions, head_dim, theta).unsqueeze(-2)  # [.., T, 1, K/2]: the same for every head
-    return angles.cos(), angles.sin()
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
@@ -34,10 +35,9 @@ def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
 
     Computed in fp32 and given back in the dtype of `heads`, whatever autocast or a cast of the module made of it.
     """
-    cosine, sine = rotation
-    first, second = heads.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-    return turned.to(heads.dtype)
+    cosine, signed_sine = rotation
+    partners = heads.float().roll(heads.shape[-1] // 2, dims=-1)  # channel i meets i + K/2, and the other way round
+    return torch.addcmul(heads.float() * cosine, partners, signed_sine).to(heads.dtype)
 
 
 class LearnedPosition(nn.Module):
@@ -60,4 +60,5 @@ class SinusoidalPosition(nn.Module):
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         angles = _angles(positions, hidden.shape[-1], 10000.0)
-        return hidden * math.sqrt(hidden.shape[-1]) + torch.cat((angles.sin(), angles.cos()), dim=-1)
+        waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
+        return hidden * math.sqrt(hidden.shape[-1]) + waves.to(hidden.dtype)

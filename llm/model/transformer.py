@@ -70,9 +70,7 @@ class Transformer(nn.Module):
         rotation = self._rotation(positions)
         mask = self._mask(tokens, documents, cache)
         for i, block in enumerate(self.blocks):
-            hidden = block(hidden, mask, rotation, None if cache is None else (cache.layers[i], n_past))
-        if cache is not None:
-            cache.length += tokens.shape[1]
+            hidden = block(hidden, mask, rotation, None if cache is None else cache.layers[i])
         return self.norm(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -188,10 +188,24 @@ class Objective(L.LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The position in the data, and the sums of the log row that is still open."""
-        checkpoint["objective"] = {"n_batches": self.n_batches, "train_totals": self.train_totals.state_dict()}
+        """The position in the data, and the sums of the log row that is still open.
+
+        Lightning's own loop state is left out: restoring it replays or skips validations, depending on the hook in which the
+        checkpoint was taken.
+        """
+        checkpoint.pop("loops", None)
+        checkpoint["objective"] = {
+            "n_batches": self.n_batches,
+            "n_steps": self.global_step,
+            "train_totals": self.train_totals.state_dict(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The other half of `on_save_checkpoint`."""
-        self.n_batches = checkpoint["objective"]["n_batches"]
-        self.train_totals.load_state_dict(checkpoint["objective"]["train_totals"])
+        """Go on counting; to Lightning's loops this is a run that starts with these totals."""
+        state = checkpoint["objective"]
+        self.n_batches = state["n_batches"]
+        self.train_totals.load_state_dict(state["train_totals"])
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.batch_progress.total.increment_by(state["n_batches"])
+        loop.manual_optimization.optim_step_progress.total.increment_by(state["n_steps"])
+        loop._batches_that_stepped = state["n_steps"]

@@ -1,6 +1,6 @@
 """A tiny model with every weight away from its starting value, so that no bias of 0 or norm of 1 hides a mistake."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +9,15 @@ import torch
 from llm.model import Transformer, TransformerConfig
 
 TINY = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 50, "max_length": 24}
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    """Tensors this small only make threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

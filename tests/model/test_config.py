@@ -1,5 +1,6 @@
 """The configuration: what it refuses, what its nulls come to, and that it costs no torch."""
 
+import re
 import subprocess
 import sys
 from typing import Annotated, get_args, get_origin, get_type_hints
@@ -36,15 +37,13 @@ from llm.model import TransformerConfig
     ],
 )
 def test_refuses(config, overrides, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         config(**overrides)
-    assert str(error.value) == message
 
 
 def test_all_mistakes_at_once(config):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"^model\.n_heads = 5: .*\nmodel\.n_kv_heads = 3: [^\n]*$"):
         config(n_heads=5, n_kv_heads=3)
-    assert [line.split(" = ")[0] for line in str(error.value).splitlines()] == ["model.n_heads", "model.n_kv_heads"]
 
 
 def test_odd_heads_are_fine_without_rotation(config):

@@ -42,11 +42,11 @@ def test_other_documents_and_padding_are_hidden(build, tokens, position, norm_po
     model = build(position=position, norm_position=norm_position)
     before = logits(model, tokens, DOCUMENTS, PLACES)
     for document in (0, 1, 2, 3):
-        after = logits(model, changed(tokens, DOCUMENTS == document), DOCUMENTS, PLACES)
-        others = (DOCUMENTS != document) & (DOCUMENTS > 0)
+        own = document == DOCUMENTS
+        after = logits(model, changed(tokens, own), DOCUMENTS, PLACES)
+        others = ~own & (DOCUMENTS > 0)
         assert torch.equal(before[others], after[others])
-        if document:
-            assert not torch.equal(before[DOCUMENTS == document], after[DOCUMENTS == document])
+        assert not torch.equal(before[own], after[own])
 
 
 def test_within_a_document_the_past_is_seen_and_the_future_hidden(build, tokens):

@@ -1,10 +1,11 @@
 """The network as a whole: its cache, its counts, its dropout, its precision and its complaints."""
 
-import dataclasses
+import re
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.model import Cache, Transformer
@@ -108,7 +109,7 @@ def test_dropout(build, tokens, norm_position):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("shape", SHAPES + [{"norm": "layer", "qk_norm": True}])
+@pytest.mark.parametrize("shape", [*SHAPES, {"norm": "layer", "qk_norm": True}, {"position": "sinusoidal"}])
 def test_bf16(build, tokens, shape):
     """Under autocast and cast whole, forward and backward stay near fp32; no kernel complains of mixed dtypes."""
     model = build(**shape)
@@ -127,6 +128,21 @@ def test_bf16(build, tokens, shape):
         assert error < 0.03
 
 
+def test_nothing_waits_for_a_number(build, tokens):
+    """No `.item()` in forward or backward: on a GPU each would stall the host."""
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    model = build(position="learned", dropout=0.1, qk_norm=True)
+    with Watch():
+        model.logits(model(tokens, torch.ones_like(tokens), torch.arange(12))).sum().backward()
+        with pytest.raises(AssertionError):
+            tokens.sum().item()
+
+
 def test_compiles_without_a_graph_break(build, tokens):
     model = build(n_kv_heads=2, qk_norm=True, dropout=0.1, tie_embeddings=True).eval()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -135,29 +151,33 @@ def test_compiles_without_a_graph_break(build, tokens):
     assert torch.equal(compiled(tokens, documents), model(tokens, documents))
 
 
-def test_refuses(config, build, tokens):
-    with pytest.raises(ValueError) as no_vocabulary:
-        Transformer(dataclasses.replace(config(), vocab_size=None))
-    assert str(no_vocabulary.value) == (
+def refusal(message):
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
+
+
+def test_refuses_an_unknown_vocabulary(config):
+    with refusal(
         "model.vocab_size is null: it must be known before a network is built; "
         "set it, or take it from the tokenizer with dataclasses.replace(config, vocab_size=…)"
-    )
+    ):
+        Transformer(config(vocab_size=None))
 
-    long = torch.zeros(1, 25, dtype=torch.long)
-    with pytest.raises(ValueError) as too_long:
-        build(position="learned")(long)
-    assert str(too_long.value) == (
+
+def test_refuses_more_tokens_than_learned_positions(build):
+    tokens = torch.zeros(1, 25, dtype=torch.long)
+    with refusal(
         "25 tokens are more than model.max_length = 24 learned positions; "
         "cut the text, or raise model.max_length and train"
-    )
+    ):
+        build(position="learned")(tokens)
     for endless in ("rotary", "sinusoidal"):
-        assert build(position=endless)(long).isfinite().all()
+        assert build(position=endless)(tokens).isfinite().all()
 
+
+def test_refuses_a_misused_cache(build, tokens):
     model, cache = build(), Cache(n_layers=2, max_length=14)
     model(tokens, cache=cache)
-    with pytest.raises(ValueError) as full:
+    with refusal("24 tokens are more than the cache holds (14); build a longer Cache"):
         model(tokens, cache=cache)
-    assert str(full.value) == "24 tokens are more than the cache holds (14); build a longer Cache"
-    with pytest.raises(ValueError) as mixed:
+    with refusal("documents must be given for every forward with one cache, or for none"):
         model(tokens[:, :1], torch.ones(3, 1, dtype=torch.long), cache=cache)
-    assert str(mixed.value) == "documents must be given for every forward with one cache, or for none"

@@ -1,0 +1,53 @@
+"""What many tests share: a small corpus, and runs composed as the command line composes them."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from llm.config import register
+from tests.runs import TINY, Compose
+
+CONF = Path(__file__).parents[1] / "conf"
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from threads, and two test runs on two cores lose much."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 documents of some words each, from a fixed seed."""
+    draw = random.Random(0)
+    words = "the a cat dog sees likes runs over under big small red house tree and but then never often".split()
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    documents = (" ".join(draw.choices(words, k=draw.randint(3, 40))) for _ in range(120))
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One token cache for all runs of the session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def compose_run(corpus: Path, cache_dir: Path, tmp_path: Path) -> Iterator[Compose]:
+    """`compose_run(*overrides)`: the tiny run in a directory of this test, overrides last."""
+    register()
+
+    def compose_tiny(*overrides: str) -> DictConfig:
+        places = (f"data.path={corpus}", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}", "run_name=test")
+        return compose("train", [*TINY, *places, *overrides])
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield compose_tiny

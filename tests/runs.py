@@ -1,0 +1,33 @@
+"""The run that tests train: seconds long, and using every part of the path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from omegaconf import DictConfig
+
+# A run of seconds: bytes as tokens, two small layers, dropout on, several micro-batches, fp32, nothing but the record.
+TINY = (
+    "data=files",
+    "tokenizer=bytes",
+    "model.dim=32",
+    "model.n_layers=2",
+    "model.n_heads=2",
+    "model.ffn_dim=64",
+    "model.dropout=0.1",
+    "data.max_length=32",
+    "data.batch_size=8",
+    "data.micro_batch_size=4",
+    "optimizer=adamw",
+    "schedule.warmup_steps=2",
+    "trainer.max_steps=6",
+    "trainer.precision=32-true",
+    "trainer.accelerator=cpu",
+    "trainer.val_check_interval=3",
+    "callback.metrics.every_n_steps=2",
+    "callback.checkpoint.every_n_train_steps=100",
+    "callback.sample.max_new_tokens=8",
+    "logger=none",
+)
+
+Compose = Callable[..., DictConfig]

@@ -1,0 +1,77 @@
+"""A run that was stopped and goes on is the run that was not stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from llm.callback import Preempted
+from llm.checkpoint import newest, read
+from llm.run import run
+from tests.runs import Compose
+
+
+class Signal(Callback):
+    """Sends this process a signal during step `step`, as a cluster would."""
+
+    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
+        self.step, self.number = step, number
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    """What the run recorded, without the speed."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("speed/")} for line in lines]
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Weights, optimizer and generators, bit for bit."""
+    one, two = (read(newest(folder)) for folder in (first, second))
+    torch.testing.assert_close(one["state_dict"], two["state_dict"], rtol=0, atol=0)
+    optimizers = [state["optimizer_states"][0] for state in (one, two)]
+    torch.testing.assert_close(optimizers[0]["state"], optimizers[1]["state"], rtol=0, atol=0)
+    assert optimizers[0]["param_groups"] == optimizers[1]["param_groups"]
+    assert torch.equal(one["rng"]["torch"], two["rng"]["torch"])
+    assert one["rng"]["python"] == two["rng"]["python"]
+    assert one["objective"]["n_batches"] == two["objective"]["n_batches"] > 0
+
+
+@pytest.fixture(scope="module")
+def whole_runs() -> dict[str, Path]:
+    """Optimizer -> the run that nothing stopped."""
+    return {}
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_preempted_run_equals_uninterrupted(
+    compose_run: Compose,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    whole_runs: dict[str, Path],
+    stop: int,
+    optimizer: str,
+) -> None:
+    """Stopped on and off a flush (every 2) and a validation (every 3); dropout on, two micro-batches, fp32."""
+    if optimizer not in whole_runs:
+        whole_runs[optimizer] = tmp_path_factory.mktemp(optimizer)
+        run(compose_run(f"optimizer={optimizer}", f"run_dir={whole_runs[optimizer]}"))
+    signalled = f"+callback.signal={{_target_: tests.test_resume.Signal, step: {stop}}}"
+    with pytest.raises(Preempted, match=rf"SIGTERM: saved .*step-0000000{stop}") as stopped:
+        run(compose_run(f"optimizer={optimizer}", signalled, "packages=[tests]"))
+    assert stopped.value.exit_code == 75
+    run(compose_run(f"optimizer={optimizer}"))
+    assert_same_state(whole_runs[optimizer], tmp_path / "run")
+    assert rows(whole_runs[optimizer]) == rows(tmp_path / "run")
