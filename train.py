@@ -1,6 +1,7 @@
 """Train a language model: `python train.py [group=choice] [key=value] …`; see README.md."""
 
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -19,7 +20,7 @@ def main(cfg: DictConfig) -> None:
 if __name__ == "__main__":
     register()
     try:
-        check_overrides(sys.argv[1:], "conf")
+        check_overrides(sys.argv[1:], Path(__file__).parent / "conf")
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(64)

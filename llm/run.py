@@ -158,9 +158,8 @@ def _fit(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
     trainer.fit(objective, datamodule=data, ckpt_path=checkpoint)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     write_exit(run_dir, 0, "finished", max_steps=trainer.max_steps)
-    return Outcome(run_dir, trainer.global_step, metrics)
+    return Outcome(run_dir, trainer.global_step, _metrics(trainer))
 
 
 def _validate(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
@@ -170,8 +169,14 @@ def _validate(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outco
     quiet = cfg.copy()
     quiet.callback, quiet.logger = {}, {}
     trainer, objective = build(quiet)
-    metrics = trainer.validate(objective, datamodule=data, ckpt_path=checkpoint)
-    return Outcome(Path(cfg.run_dir), trainer.global_step, dict(metrics[0]))
+    trainer.validate(objective, datamodule=data, ckpt_path=checkpoint, verbose=False)
+    outcome = Outcome(Path(cfg.run_dir), trainer.global_step, _metrics(trainer))
+    print("\n".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items()))
+    return outcome
+
+
+def _metrics(trainer: L.Trainer) -> dict[str, float]:
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def _write_inputs(cfg: DictConfig, run_dir: Path, data: TextData) -> list[Path]:
@@ -197,6 +202,8 @@ def _quiet() -> None:
         ".*your dataloader is not resumable.*",
         ".*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*The dirpath has changed from.*",
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
     ):
         warnings.filterwarnings("ignore", message=message)

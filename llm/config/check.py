@@ -22,6 +22,7 @@ _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
 # Rooms that import no torch: their mistakes are answered before Lightning's signatures, which cost 4 s, are looked at.
 _LIGHT = ("model", "tokenizer", "optimizer", "schedule", "data.sources")
 _RESUME = ("auto", "must", "never")
+_TRAINER_KEYS = {*habit.TRAINER, *habit.HABITS, *habit.FIXED}
 
 
 class Mistake(NamedTuple):
@@ -87,11 +88,11 @@ class _Search:
             if key not in ROOT:
                 self.add(key, _raw(self.cfg, key), "no such key", did_you_mean(nearest(key, ROOT)))
         for key, hint in SCALARS.items():
-            if key in self.cfg and (value := self.value_of(self.cfg, key, key)) is not _UNKNOWN:
+            if key in list(self.cfg) and (value := self.value_of(self.cfg, key, key)) is not _UNKNOWN:
                 self.judge(key, value, hint, self.reference(self.cfg, key))
         self.resume()
         for key in NODES:
-            if key in self.cfg:
+            if key in list(self.cfg):  # unlike `in` alone, this counts a key whose value is ???
                 self.expect_node(self.cfg, key, key, f"choose one: {key}=…")
         for group in NODE_DICTS:
             node = self.cfg.get(group)
@@ -126,7 +127,7 @@ class _Search:
             key = f"trainer.{name}"
             if OmegaConf.is_missing(node, name):
                 continue
-            value = self.value_of(node, name, key, nodes=False, report=False)
+            value = self.value_of(node, name, key, nodes=False, report=name in _TRAINER_KEYS)
             if name in habit.HABITS and value not in habit.HABITS[name].neutral:
                 self.add(key, shown(value), habit.HABITS[name].rule, habit.HABITS[name].remedy)
             elif name in habit.NODE_HABITS and isinstance(value, (str, bool)):
@@ -137,18 +138,14 @@ class _Search:
             elif name in habit.TRAINER and value is not _UNKNOWN:
                 self.judge(key, value, habit.TRAINER[name], self.reference(node, name))
         for name, (right, reason) in habit.FIXED.items():
-            if name not in node or node[name] is not right:
-                value = shown(node[name]) if name in node else "not set"
-                self.add(
-                    f"trainer.{name}",
-                    value,
-                    f"must be {shown(right)}: {reason}",
-                    f"write trainer.{name}={shown(right)}",
-                )
+            there = name in list(node)
+            if not there or self.value_of(node, name, name, report=False) is not right:
+                value, remedy = _raw(node, name) if there else "not set", f"trainer.{name}={shown(right)}"
+                self.add(f"trainer.{name}", value, f"must be {shown(right)}: {reason}", f"write {remedy}")
         self.length(node)
 
     def length(self, node: DictConfig) -> None:
-        given = [name for name in habit.LENGTHS if name in node and not OmegaConf.is_missing(node, name)]
+        given = [name for name in habit.LENGTHS if name in list(node) and not OmegaConf.is_missing(node, name)]
         given = [name for name in given if self.value_of(node, name, name, report=False) is not None]
         rule = "exactly one of trainer.max_steps, trainer.max_tokens, trainer.max_epochs says how long the run is"
         if not given:
@@ -181,7 +178,7 @@ class _Search:
                 self.argument(key, node, str(name), takes)
         if not node.get("_partial_"):
             for name, parameter in takes.parameters.items():
-                if parameter.required and name not in node:
+                if parameter.required and name not in list(node):
                     self.add(f"{key}.{name}", "not set", f"{node['_target_']} requires it", f"write +{key}.{name}=…")
         return None
 
@@ -202,7 +199,7 @@ class _Search:
             return self.add(here, _raw(node, name), f"{node['_target_']} has no such argument", meant)
         if OmegaConf.is_missing(node, name):
             return self.add(here, "???", "must be set", f"write {here}=…")
-        if key == "trainer" and name in {*habit.TRAINER, *habit.HABITS, *habit.FIXED}:
+        if key == "trainer" and name in _TRAINER_KEYS:
             return None  # judged by `trainer`
         if (value := self.value_of(node, name, here)) is not _UNKNOWN and not _is_default(value, parameter):
             self.judge(here, value, parameter.hint, self.reference(node, name))
@@ -265,7 +262,7 @@ class _Search:
     def interpolation(self, node: DictConfig, name: Any, key: str, error: OmegaConfBaseException) -> None:
         """Report `${…}` that leads nowhere, once: where it is written, not where that place is referred to."""
         raw = _raw(node, name)
-        wanted = re.search(r"'([\w.]+)' not found", str(error))
+        wanted = re.search(r"Interpolation key '([\w.]+)' not found", str(error))
         if re.fullmatch(r"\$\{[\w.]+\}", raw) if wanted is None else wanted[1] not in raw:
             return
         close = nearest(wanted[1], keys(self.cfg)) if wanted else []

@@ -61,9 +61,8 @@ class _Composer:
         self.parser = OverridesParser.create(config_loader=self.loader)
         self.lines: list[str] = arguments.overrides
         self.multirun = arguments.multirun or any(re.match(r"\+*hydra\.mode=MULTIRUN$", text) for text in self.lines)
-        _, self.repository = self.loader._parse_overrides_and_create_caching_repo(
-            self.config_name, [text for text in self.lines if text.startswith("hydra.searchpath=")]
-        )
+        self.searched = [text for text in self.lines if text.startswith("hydra.searchpath=")]
+        _, self.repository = self.loader._parse_overrides_and_create_caching_repo(self.config_name, self.searched)
         self.explain = Explainer(self.repository)
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
@@ -169,7 +168,10 @@ class _Composer:
         """Compose; a group that still has to be chosen stays `???`, which is MULTIRUN's way."""
         if tuple(overrides) not in self.composed:
             self.composed[tuple(overrides)] = self.loader.load_configuration(
-                self.config_name, overrides, run_mode=RunMode.MULTIRUN, validate_sweep_overrides=False
+                self.config_name,
+                [*self.searched, *overrides],
+                run_mode=RunMode.MULTIRUN,
+                validate_sweep_overrides=False,
             )
         return copy.deepcopy(self.composed[tuple(overrides)])
 

@@ -129,7 +129,7 @@ def _present(cfg: DictConfig, key: str) -> bool:
         node: Any = OmegaConf.select(cfg, parent) if parent else cfg
     except OmegaConfBaseException:
         return False
-    return isinstance(node, DictConfig) and not node._is_none() and not node._is_missing() and last in node
+    return isinstance(node, DictConfig) and not node._is_none() and not node._is_missing() and last in list(node)
 
 
 def _refers(cfg: DictConfig, key: str) -> bool:

@@ -74,7 +74,8 @@ def shown(value: Any) -> str:
     """A value as it is named in a message: YAML's own words, and not more than a line of it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    plain = type(value) is Built or type(value).__module__ == "builtins"
+    text = repr(value) if plain else f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -82,7 +83,8 @@ def wording(hint: Any) -> str:
     """A hint in words: `a number greater than 0`, `'fit' or 'test'`."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return " ".join([wording(args[0]), *filter(None, map(_constraint, hint.__metadata__))])
+        ranges = " and ".join(filter(None, map(_constraint, hint.__metadata__)))
+        return f"{wording(args[0])} {ranges}".strip()
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(wording(arg) for arg in args))
     if origin is Literal:
@@ -93,6 +95,8 @@ def wording(hint: Any) -> str:
         return f"a list, each item {wording(args[0])}"
     if origin is not None:
         return _WORDS.get(origin, f"{getattr(origin, '__name__', origin)}")
+    if is_typeddict(hint):
+        return _WORDS[dict]
     if inspect.isclass(hint) and issubclass(hint, enum.Enum):
         return " or ".join(shown(member.value) for member in hint)
     return _WORDS.get(hint, f"a node that builds a {getattr(hint, '__name__', hint)}")

@@ -91,23 +91,29 @@ def remove_caches(root: Path) -> int:
 
 
 def _intact(folder: Path) -> Cache | None:
-    """The cache in `folder` if every file of its meta.json is there in full; None, with a message, if it is damaged."""
+    """The cache in `folder`, if every file that its meta.json names is there in full."""
+    found = _look(folder)
+    return found if isinstance(found, Cache) else None
+
+
+def _look(folder: Path) -> Cache | str:
+    """The cache in `folder`, or what is wrong with it."""
     try:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        wrong = [name for name, size in meta["files"].items() if (folder / name).stat().st_size != size]
-        if not wrong:
-            return Cache(folder, meta)
-        reason = f"{wrong[0]} is not {meta['files'][wrong[0]]} bytes long"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if not folder.exists():
-            return None
-        reason = str(error)
-    _log.warning("%s: damaged cache (%s): making it again", folder, reason)
-    return None
+        for name, size in meta["files"].items():
+            if (folder / name).stat().st_size != size:
+                return f"{name} is not {size} bytes long"
+        return Cache(folder, meta)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"{META}: {error}"
 
 
 def _build(final: Path, build: Callable[[Path], dict[str, Any]]) -> Cache:
     _sweep(final)
+    if final.exists():
+        _log.warning("%s: damaged cache (%s): making it again", final, _look(final))
     temporary = final.with_name(f"{final.name}.tmp-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
     try:

@@ -18,6 +18,8 @@ import numpy as np
 _UNIT = 1 << 40
 # Four rounds make a strong pseudo-random permutation of large blocks (Luby and Rackoff 1988); a few bits take more.
 _ROUNDS = 8
+# Between the keys of two rounds: far enough that no round is another one with a few bits of its argument turned.
+_STRIDE = np.uint64(0xD1B54A32D192ED03)
 # Slots computed at once: numpy's cost per call is then shared by many small batches.
 _CHUNK = 1 << 12
 
@@ -96,7 +98,8 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     A Feistel network permutes the next power of two; what falls outside the range is sent on until it falls inside
     (cycle walking: Black and Rogaway 2002), which keeps it a permutation and takes two walks on average at most.
     """
-    bits = np.frexp((size - 1).astype(np.float64))[1].astype(np.uint64)  # of the largest index; exact below 2^53
+    # Of the largest index (exact below 2^53), but at least 4: halves of a bit or two mix badly.
+    bits = np.maximum(np.frexp((size - 1).astype(np.float64))[1], 4).astype(np.uint64)
     low_bits = bits // np.uint64(2)
     high_mask = (np.uint64(1) << (bits - low_bits)) - np.uint64(1)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
@@ -105,9 +108,10 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     while len(walking):
         value, keys, shift = result[walking], key[walking], low_bits[walking]
         low, high = value & low_mask[walking], value >> shift
-        for turn in range(0, _ROUNDS, 2):
-            high ^= _mix(low ^ (keys + np.uint64(turn))) & high_mask[walking]
-            low ^= _mix(high ^ (keys + np.uint64(turn + 1))) & low_mask[walking]
+        for _ in range(0, _ROUNDS, 2):
+            high ^= _mix(low ^ keys) & high_mask[walking]
+            low ^= _mix(high ^ (keys + _STRIDE)) & low_mask[walking]
+            keys = keys + _STRIDE + _STRIDE
         result[walking] = (high << shift) | low
         walking = walking[result[walking] >= size[walking].astype(np.uint64)]
     return result.astype(np.int64)

@@ -151,23 +151,24 @@ def _object(row: Any, where: str) -> dict[str, Any]:
 
 def _separated(delimiter: str) -> Callable[[Path, BufferedReader], Iterator[tuple[dict[str, Any], str]]]:
     def rows(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, Any], str]]:
+        number = 0  # csv's own count stands still at a faulty line
+
+        def lines() -> Iterator[str]:
+            """With their ends: a quoted field may span several lines, and keeps its line breaks."""
+            nonlocal number
+            for number, raw in enumerate(stream, 1):
+                yield decode(path, raw.removeprefix(_BOM) if number == 1 else raw, number)
+
         csv.field_size_limit(sys.maxsize)  # a document is often longer than the 128 kB that csv allows
-        reader = csv.DictReader(_csv_lines(path, stream), delimiter=delimiter, strict=True)
         try:
-            for row in reader:
+            for row in csv.DictReader(lines(), delimiter=delimiter, strict=True):
                 if None in row:
-                    raise DataError(f"{path}:{reader.line_num}: more fields than the header names; quote the text")
-                yield row, f"{path}:{reader.line_num}"
+                    raise DataError(f"{path}:{number}: more fields than the header names; quote the text")
+                yield row, f"{path}:{number}"
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not {path.suffix} ({error})") from None
+            raise DataError(f"{path}:{number}: not in the form of {_kind(path)} ({error})") from None
 
     return rows
-
-
-def _csv_lines(path: Path, stream: BufferedReader) -> Iterator[str]:
-    """Lines with their ends: a quoted field may span several, and keeps its line breaks."""
-    for number, raw in enumerate(stream, 1):
-        yield decode(path, raw.removeprefix(_BOM) if number == 1 else raw, number)
 
 
 def _parquet(path: Path, column: str) -> Iterator[str]:

@@ -1,0 +1,120 @@
+"""Callbacks watch: with or without any of them the losses are the same bits."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.callback.plot import plot_run
+from llm.callback.record import Record
+from llm.checkpoint import newest, read
+from llm.run import run
+from tests.runs import Compose
+
+
+@pytest.fixture(scope="module")
+def reference(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
+    """Filled by the first test: the weights of a run with all callbacks."""
+    return {}
+
+
+@pytest.mark.parametrize("removed", ["", "metrics", "progress", "sample", "due_validation", "preempt", "summary"])
+def test_no_callback_changes_the_curve(
+    compose_run: Compose, tmp_path: Path, reference: dict[str, torch.Tensor], removed: str
+) -> None:
+    run(compose_run(*([f"~callback.{removed}"] if removed else []), "trainer.max_steps=5"))
+    weights = read(newest(tmp_path / "run"))["state_dict"]
+    if not reference:
+        reference.update(weights)
+    torch.testing.assert_close(weights, reference, rtol=0, atol=0)
+
+
+def test_a_run_leaves_what_the_readme_says(compose_run: Compose, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    outcome = run(compose_run("logger=default"))
+    for name in "config.yaml metrics.jsonl metrics.csv samples.txt summary.json loss.png exit.json".split():
+        assert (run_dir / name).stat().st_size > 0, name
+    assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-00000006"]
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    summary = json.loads((run_dir / "summary.json").read_text())
+    keys = "steps tokens wall_s tokens_per_s parameters train/loss val/loss val/bits_per_byte baselines commit versions"
+    assert set(summary) == set(keys.split())
+    assert (summary["steps"], outcome.step) == (6, 6)
+    assert summary["val/loss"] == outcome.metrics["val/loss"]
+    assert 0 < summary["baselines"]["unigram/bits_per_byte"] < 8
+    assert summary["baselines"]["gzip/bits_per_byte"] > 0
+    assert summary["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
+
+    samples = (run_dir / "samples.txt").read_text()
+    assert samples.count("==== step 3, sample") == samples.count("==== step 6, sample") == 3
+    assert "\ndef " in samples
+
+
+def test_rows_are_flushes_and_validations(compose_run: Compose, tmp_path: Path) -> None:
+    """max_steps=7: flushes on 2, 4, 6 and the end; validations on 3, 6 and the end."""
+    run(compose_run("trainer.max_steps=7"))
+    rows = Record(tmp_path / "run").rows()
+    assert [row["step"] for row in rows if "train/loss" in row] == [2, 4, 6, 7]
+    assert [row["step"] for row in rows if "val/loss" in row] == [3, 6, 7]
+    tokens = [row["tokens"] for row in rows]
+    assert tokens == sorted(tokens)
+    assert set(rows[0]) == {"step", "tokens", "train/loss", "grad/norm", "lr", "speed/tokens_per_s"}
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["step"]) for row in table] == [row["step"] for row in rows]
+    assert [row["val/loss"] for row in table if row["val/loss"]] == [
+        str(row["val/loss"]) for row in rows if "val/loss" in row
+    ]
+
+
+def test_train_loss_is_the_token_mean_since_the_last_row(compose_run: Compose, tmp_path: Path) -> None:
+    for every in (1, 3):
+        run(compose_run(f"callback.metrics.every_n_steps={every}", f"run_dir={tmp_path / str(every)}"))
+    fine = [row for row in Record(tmp_path / "1").rows() if "train/loss" in row]
+    coarse = [row for row in Record(tmp_path / "3").rows() if "train/loss" in row]
+    n_tokens = [row["tokens"] - before for row, before in zip(fine, [0, *(r["tokens"] for r in fine)], strict=False)]
+    for number, row in enumerate(coarse):
+        part = slice(3 * number, 3 * number + 3)
+        mean = sum(r["train/loss"] * n for r, n in zip(fine[part], n_tokens[part], strict=True)) / sum(n_tokens[part])
+        assert row["train/loss"] == pytest.approx(mean, abs=1e-9)
+
+
+def test_early_stopping_ends_the_run_and_it_stays_ended(compose_run: Compose, tmp_path: Path) -> None:
+    stop = (
+        "callback=early_stopping",
+        "callback.early_stopping.patience=1",
+        "callback.early_stopping.min_delta=100",
+        "callback.checkpoint.every_n_train_steps=100",
+        "callback.metrics.every_n_steps=2",
+        "trainer.max_steps=50",
+    )
+    assert run(compose_run(*stop)).step == 6  # validations on 3 and 6, the second no better by 100
+    summary = (tmp_path / "run" / "summary.json").read_text()
+    assert json.loads(summary)["steps"] == 6
+    run(compose_run(*stop))
+    assert (tmp_path / "run" / "summary.json").read_text() == summary
+
+
+def test_record_survives_a_line_cut_short(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.append({"step": 1, "a": 0.1})
+    record.append({"step": 2, "a": math.pi})
+    with open(record.path, "a") as file:
+        file.write('{"step": 3, "a"')
+    assert [row["step"] for row in record.rows()] == [1, 2]
+    record.rewind(1)
+    record.append({"step": 2, "a": 0.2})
+    assert record.rows() == [{"step": 1, "a": 0.1}, {"step": 2, "a": 0.2}]
+
+
+def test_plot_of_a_run_without_rows(tmp_path: Path) -> None:
+    plot_run([], {}, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 0

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import os
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from llm.checkpoint import CheckpointError, load, load_into, newest, read, step_name, write
+from llm.checkpoint.rng import rng_state, set_rng_state
+from llm.model import Transformer, TransformerConfig
+from llm.run import run
+from tests.runs import Compose
+
+
+def test_newest_goes_by_the_step_and_not_by_the_clock(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    for step in (200_000_000, 900, 1000):
+        write(tmp_path / "checkpoints" / step_name(step), {"step": step})
+    (tmp_path / "checkpoints" / ".step-99999999.17").mkdir()  # what a crash leaves is not a checkpoint
+    (tmp_path / "checkpoints" / "step-99999999x").mkdir()
+    assert newest(tmp_path) == tmp_path / "checkpoints" / "step-200000000"
+
+
+def test_write_replaces_as_a_whole_and_leaves_nothing_else(tmp_path: Path) -> None:
+    extra = tmp_path / "extra"
+    extra.mkdir()
+    (extra / "file").write_text("1")
+    target = tmp_path / "runs" / "step-00000001"
+    write(target, {"step": 1}, [extra])
+    write(target, {"step": 2}, [])
+    assert read(target) == {"step": 2}
+    assert sorted(path.name for path in target.parent.iterdir()) == ["step-00000001"]
+    assert [path.name for path in target.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize("call", ["save", "rename", "fsync"])
+def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """ENOSPC, or anything else, at each stage."""
+    target = tmp_path / "step-00000001"
+    write(target, {"step": 1})
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    owner = {"save": (torch, "save"), "rename": (Path, "rename"), "fsync": (os, "fsync")}[call]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(*owner, fail)
+        write(target, {"step": 2})
+    assert read(target) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_damage_and_code_are_refused(tmp_path: Path) -> None:
+    target = tmp_path / "step-00000001"
+    write(target, {"weight": torch.zeros(1000)})
+    whole = (target / "state.pt").read_bytes()
+    (target / "state.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"state\.pt: cannot be read .* - remove .*step-00000001 to use an older"):
+        read(target)
+    torch.save({"f": os.system}, target / "state.pt", pickle_module=pickle)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read(target)
+    with pytest.raises(CheckpointError, match=r"state\.pt: not there - give a directory"):
+        read(tmp_path)
+
+
+def test_generators_go_on_where_they_were() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+    draw()
+    np.random.randn()  # leaves a cached gaussian behind
+    state = rng_state()
+    expected = draw()
+    draw()
+    set_rng_state(state)
+    assert draw() == expected
+
+
+def test_a_step_directory_stands_alone(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run("model.dropout=0"))
+    moved = tmp_path / "elsewhere"
+    newest(tmp_path / "run").rename(moved)  # type: ignore[union-attr]
+    model, tokenizer = load(moved)
+    assert not model.training
+    assert tokenizer.decode(tokenizer.encode("def f(): ‹ä›")) == "def f(): ‹ä›"
+    saved = read(moved)["state_dict"]
+    torch.testing.assert_close(model.state_dict(), {n.removeprefix("model."): w for n, w in saved.items()})
+    assert yaml.safe_load((moved / "config.yaml").read_text())["model"]["vocab_size"] == model.config.vocab_size
+
+
+def test_load_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint here - give a run directory"):
+        load(tmp_path)
+
+
+def test_load_into_names_every_difference(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run())
+    other = Transformer(
+        TransformerConfig(dim=32, n_layers=3, n_heads=2, ffn_dim=64, vocab_size=300, max_length=32, norm="layer")
+    )
+    with pytest.raises(CheckpointError, match="do not fit this model") as refused:
+        load_into(other, tmp_path / "run")
+    assert "blocks.2.attention.query.weight: in the model, not in the checkpoint" in str(refused.value)
+    assert "embed.weight: (257, 32) in the checkpoint, (300, 32) in the model" in str(refused.value)
+
+
+def test_init_from_starts_from_the_weights_and_not_from_the_step(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run())
+    cfg = compose_run(
+        f"init_from={tmp_path / 'run'}", f"run_dir={tmp_path / 'second'}", "trainer.max_steps=3", "optimizer.lr=1e-30"
+    )
+    assert run(cfg).step == 3
+    first, second = (read(newest(tmp_path / name))["state_dict"] for name in ("run", "second"))
+    torch.testing.assert_close(first, second)

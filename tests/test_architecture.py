@@ -1,0 +1,119 @@
+"""The house rules of docs/architecture.md, read off the syntax trees: imports point down, libraries stay in their rooms."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted([*(ROOT / "llm").rglob("*.py"), ROOT / "train.py"])
+
+# Room -> the rooms it may import; docs/architecture.md shows the same as floors.
+FLOORS: dict[str, set[str]] = {
+    "model": set(),
+    "tokenizer": set(),
+    "schedule": set(),
+    "optimizer": set(),
+    "config": set(),
+    "reduce": set(),
+    "strategy": {"model", "checkpoint"},
+    "checkpoint": {"model", "tokenizer"},
+    "generate": {"model", "tokenizer"},
+    "data": {"tokenizer"},
+    "metric": {"reduce"},
+    "objective": {"model", "checkpoint", "metric", "reduce"},
+    "callback": {"objective", "generate", "metric", "checkpoint", "data", "reduce"},
+    "exit": {"callback", "checkpoint", "config", "data"},
+    "run": {"exit", "config", "checkpoint", "data", "model"},
+    "__main__": {"run", "exit", "config", "checkpoint", "generate"},
+    "__init__": set(),
+    "train": {"run", "config"},
+}
+# Library -> the rooms, or files of a room, that may import it.
+LIBRARIES: dict[str, set[str]] = {
+    "lightning": {"objective", "strategy", "callback", "data/module.py", "run"},
+    "torch.distributed": {"strategy", "checkpoint", "reduce"},
+    "hydra": {"train", "__main__", "run", "config"},
+    "omegaconf": {"train", "__main__", "run", "config"},
+    "pydantic": {"config"},
+    "transformers": {"tokenizer"},
+    "tokenizers": {"tokenizer"},
+    "datasets": {"data"},
+    "pyarrow": {"data"},
+    "wandb": set(),
+    "matplotlib": {"callback"},
+}
+LIGHT = ("llm", "llm.config", "llm.model", "llm.tokenizer", "llm.optimizer", "llm.schedule", "llm.data.source")
+
+
+def place(path: Path) -> tuple[str, str]:
+    """The room of a file, and the file's name within llm/."""
+    inside = path.relative_to(ROOT / "llm") if path.is_relative_to(ROOT / "llm") else path.relative_to(ROOT)
+    return inside.parts[0].removesuffix(".py"), inside.as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write the whole name of what is imported"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: place(path)[1])
+def test_imports_point_down(path: Path) -> None:
+    room, _ = place(path)
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("llm.")} - {room}
+    exported = {"load", "Tokenizer", "Transformer", "TransformerConfig"}  # names of llm/__init__.py
+    assert used - exported <= FLOORS[room]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: place(path)[1])
+def test_libraries_stay_in_their_rooms(path: Path) -> None:
+    room, name = place(path)
+    for library, rooms in LIBRARIES.items():
+        if any(module == library or module.startswith(library + ".") for module in imports(path)):
+            assert room in rooms or name in rooms, f"{name} imports {library}"
+
+
+@pytest.mark.parametrize("room", ["model", "objective"])
+def test_model_and_objective_know_nothing_of_parallelism(room: str) -> None:
+    forbidden = {"rank", "world_size", "mesh", "shard", "dtensor", "cuda"}
+    for path in (ROOT / "llm" / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [getattr(node, field, None) for field in ("id", "attr", "arg", "name")]
+            assert not forbidden & {str(name).lower() for name in names if name}, f"{path}:{getattr(node, 'lineno', 0)}"
+
+
+def test_no_room_without_a_name_of_its_own() -> None:
+    assert not [path for path in FILES if path.stem in {"utils", "helpers", "common", "misc"}]
+
+
+def test_every_group_has_a_room() -> None:
+    groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
+    rooms = {place(path)[0] for path in FILES}
+    assert groups - rooms == {"trainer", "logger", "experiment"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: place(path)[1])
+def test_files_and_functions_are_short_enough_to_be_read(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{node.name} is a sign that something wants its own name"
+
+
+def test_light_modules_load_no_torch() -> None:
+    """A mistake in the configuration is answered before anything heavy is imported."""
+    program = f"import sys, {', '.join(LIGHT)}; sys.exit(str({{'torch', 'lightning', 'datasets'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"

@@ -1,0 +1,210 @@
+"""The life of a run: what is refused and how, what is left behind, and the exit codes a batch script sees."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm.callback import Preempted
+from llm.checkpoint import CheckpointError, newest
+from llm.config import ConfigError
+from llm.data import DataError
+from llm.exit import RunExistsError, exit_code, finished, guarded
+from llm.run import claim, run
+from tests.runs import Compose
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ("experiment=smoke", "logger=none", "trainer.accelerator=cpu", "trainer.precision=32-true")
+
+
+def train(*overrides: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python train.py …` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+
+
+def test_rules_between_groups_all_at_once(compose_run: Compose, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        run(
+            compose_run(
+                "model.vocab_size=100",
+                "model.max_length=16",
+                "data.batch_size=6",
+                "trainer.devices=2",
+                "trainer.accelerator=gpu",
+                "resume=must",
+            )
+        )
+    text = str(refused.value)
+    assert len(refused.value.mistakes) == 6
+    assert "model.vocab_size: 100 - the tokenizer has 257 ids - give at least that, or null" in text
+    assert "data.max_length: 32 - the model's context is model.max_length=16 - shorten the first or raise the second" in text
+    assert "data.batch_size=6: must be a multiple of 1 processes x data.micro_batch_size=4 = 4; the nearest that are: 4 or 8" in text
+    assert "trainer.devices: 2 on 1 nodes - strategy=single drives one device" in text
+    assert "trainer.accelerator: gpu - torch sees no GPU here - set trainer.accelerator=cpu" in text
+    assert "resume: must - there is no checkpoint in" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_never_keeps_out_of_a_run(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run())
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(RunExistsError, match=r"run_dir: .* exists - resume=never .* - give another run_name"):
+        run(compose_run("resume=never"))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_finished_run_is_left_alone_and_a_longer_one_goes_on(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run())
+    summary = tmp_path / "run" / "summary.json"
+    before = summary.read_bytes(), summary.stat().st_mtime_ns
+    assert run(compose_run()).step == 6
+    assert (summary.read_bytes(), summary.stat().st_mtime_ns) == before
+    assert run(compose_run("trainer.max_steps=8")).step == 8
+    assert json.loads(summary.read_text())["steps"] == 8
+
+
+def test_resume_from_another_run(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run())
+    cfg = compose_run(f"resume={tmp_path / 'run'}", f"run_dir={tmp_path / 'second'}", "trainer.max_steps=8")
+    assert run(cfg).step == 8
+    assert newest(tmp_path / "second").name == "step-00000008"  # type: ignore[union-attr]
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        claim(tmp_path / "third", str(tmp_path / "nothing"))
+
+
+def test_resume_on_other_data_is_refused(compose_run: Compose) -> None:
+    run(compose_run())
+    with pytest.raises(DataError, match=r"cannot resume on other data .* data\.seed \(was 0, is 1\)"):
+        run(compose_run("data.seed=1", "trainer.max_steps=8"))
+
+
+@pytest.mark.parametrize(("key", "value", "steps"), [("max_tokens", 2000, 8), ("max_epochs", 1, None)])
+def test_length_in_tokens_or_epochs(compose_run: Compose, tmp_path: Path, key: str, value: int, steps: int | None) -> None:
+    outcome = run(compose_run("trainer.max_steps=null", f"trainer.{key}={value}"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == saved["schedule"]["max_steps"] == outcome.step
+    if steps is not None:
+        assert outcome.step == steps
+        assert rows[-1]["tokens"] == pytest.approx(value, rel=0.1)
+
+
+def test_validate_only(compose_run: Compose, tmp_path: Path) -> None:
+    trained = run(compose_run("model.dropout=0.1"))
+    files = sorted(path for path in (tmp_path / "run").rglob("*"))
+    again = run(compose_run("stage=validate"))
+    assert again.metrics["val/loss"] == pytest.approx(trained.metrics["val/loss"], abs=1e-6)
+    assert sorted((tmp_path / "run").rglob("*")) == files
+    with pytest.raises(CheckpointError, match="no checkpoint to validate"):
+        run(compose_run("stage=validate", f"run_dir={tmp_path / 'none'}"))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError(["x"]), 64),
+        (DataError("x"), 65),
+        (ZeroDivisionError(), 70),
+        (RunExistsError("x"), 73),
+        (CheckpointError("x"), 74),
+        (OSError(28, "No space left on device"), 74),
+        (Preempted("x", 75), 75),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes_and_the_cause(tmp_path: Path, error: BaseException, code: int, capfd: pytest.CaptureFixture) -> None:
+    assert exit_code(error) == code
+    with pytest.raises(SystemExit) as left, guarded(tmp_path):
+        raise error
+    assert left.value.code == code
+    printed = capfd.readouterr().err
+    assert ("Traceback" in printed) == (code == 70)
+    if code in (64, 73):
+        assert not (tmp_path / "exit.json").exists()
+    else:
+        assert json.loads((tmp_path / "exit.json").read_text())["code"] == code
+        assert not finished(tmp_path, 1)
+
+
+@pytest.mark.timeout(240)
+def test_the_command_line(corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """From another directory: a run, the same again, mistakes, and text from the result."""
+    places = (*SMOKE, "data=files", f"data.path={corpus}", f"data.cache_dir={cache_dir}", "run_name=a")
+    done = train(*places, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Everything lies in" in done.stdout
+    assert "this model" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
+    assert json.loads((tmp_path / "runs/a/exit.json").read_text()) == {"code": 0, "cause": "finished", "max_steps": 2}
+
+    again = train(*places, cwd=tmp_path)
+    assert (again.returncode, "finished already at step 2" in again.stdout) == (0, True)
+    never = train(*places, "resume=never", cwd=tmp_path)
+    assert (never.returncode, never.stdout) == (73, "")
+    assert never.stderr.count("\n") == 1
+    absent = train(*places, "data.path=nowhere.jsonl", "run_name=b", cwd=tmp_path)
+    assert (absent.returncode, absent.stderr.count("\n")) == (65, 1)
+    assert "nowhere.jsonl" in absent.stderr
+    (tmp_path / "file").write_text("")
+    unwritable = train(*places, f"run_dir={tmp_path / 'file' / 'run'}", cwd=tmp_path)
+    assert (unwritable.returncode, unwritable.stderr.count("\n")) == (74, 1)
+    assert str(tmp_path / "file") in unwritable.stderr
+
+    text = subprocess.run(
+        [sys.executable, "-m", "llm", "generate", str(tmp_path / "runs/a"), "--prompt", "the cat", "--max-new-tokens", "5"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert text.returncode == 0, text.stderr
+    assert text.stdout.startswith("the cat")
+
+
+@pytest.mark.timeout(240)
+def test_ctrl_c_saves_and_the_same_command_goes_on(corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
+    places = (*SMOKE, "data=files", f"data.path={corpus}", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path}/run")
+    long = (*places, "trainer.max_steps=100000", "trainer.val_check_interval=100000")
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "train.py"), *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("step 3/"))  # training is under way
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "SIGINT: saved" in err
+    step = int(newest(tmp_path / "run").name.removeprefix("step-"))  # type: ignore[union-attr]
+    assert step >= 3
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 130
+    done = train(*places, f"trainer.max_steps={step + 2}")
+    assert done.returncode == 0, done.stderr
+    assert f"continuing from {tmp_path}/run/checkpoints/step-{step:08d}" in done.stdout
+
+
+@pytest.mark.timeout(240)
+def test_a_sweep_makes_a_run_for_each_value(corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
+    places = (*SMOKE, "data=files", f"data.path={corpus}", f"data.cache_dir={cache_dir}")
+    done = train("-m", *places, "optimizer.lr=1e-3,2e-3", cwd=tmp_path, LLM_RUN_ID="sweep")
+    assert done.returncode == 0, done.stderr
+    rates = {
+        path.name: yaml.safe_load((path / "config.yaml").read_text())["optimizer"]["lr"]
+        for path in (tmp_path / "runs" / "sweep").iterdir()
+        if path.is_dir()
+    }
+    assert rates == {"0": 1e-3, "1": 2e-3}
