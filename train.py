@@ -6,7 +6,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from llm.config import ConfigError, check_overrides, register
+from llm.config import ConfigError, check_overrides, refuse, register
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -22,6 +22,5 @@ if __name__ == "__main__":
     try:
         check_overrides(sys.argv[1:], Path(__file__).parent / "conf")
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(64)
+        refuse(error)
     main()

@@ -15,14 +15,24 @@ CONF = Path(__file__).parents[1] / "conf"
 
 
 def prepare(arguments: Sequence[str]) -> None:
-    """Make the tokenizer and the token cache that `python train.py` with the same overrides will use."""
+    """Make the tokenizer and the token cache that train.py with the same overrides will use."""
     parser = argparse.ArgumentParser("python -m llm prepare", description=prepare.__doc__)
-    parser.add_argument("--list", action="store_true", help="show what the cache holds, and make nothing")
-    parser.add_argument("--clean", action="store_true", help="empty the cache")
+    parser.add_argument("--list", action="store_true", help="show what data.cache_dir holds, and make nothing")
+    parser.add_argument("--clean", action="store_true", help="empty data.cache_dir, and make nothing")
     options, overrides = parser.parse_known_args(list(arguments))
+    cfg = _compose(overrides)
+    cache_dir = Path(cfg.data.cache_dir).expanduser()
+    if options.list or options.clean:
+        from llm.data.cache import caches, remove_caches
+
+        found = caches(cache_dir)
+        print("\n".join(f"{cache.n_bytes / 1e6:9.1f} MB  {cache.path}" for cache in found) or f"{cache_dir}: nothing")
+        if options.clean:
+            print(f"{remove_caches(cache_dir) / 1e6:.1f} MB freed")
+        return
     from llm.run import prepare as prepare_data
 
-    prepare_data(_compose(overrides), list_cache=options.list, clean_cache=options.clean)
+    prepare_data(cfg)
 
 
 def generate(arguments: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from llm.callback import Preempted
+from llm.callback import PreemptedError
 from llm.checkpoint import CheckpointError
 from llm.config import ConfigError
 from llm.data import DataError
@@ -37,7 +37,7 @@ def exit_code(error: BaseException) -> int:
             return EXISTS
         case CheckpointError() | OSError():
             return STORAGE
-        case Preempted():
+        case PreemptedError():
             return error.exit_code
         case KeyboardInterrupt():
             return INTERRUPTED

@@ -30,8 +30,8 @@ def all_mean(values: Tensor) -> Tensor:
 class Totals:
     """Named running (sum, count) pairs that stay on the device until one packed read.
 
-    Logging a value each step through Lightning costs about 300 us and, on the progress bar, a host sync. Here a step adds
-    into one small tensor and `reduce` makes a single collective and a single host copy for all names.
+    Logging a value each step through Lightning costs about 300 us and, on the progress bar, a host sync. Here a step
+    adds into one small tensor and `reduce` makes a single collective and a single host copy for all names.
     """
 
     def __init__(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +23,7 @@ from llm.config import ConfigError, check
 from llm.data import TextData
 from llm.exit import RunExistsError, finished, guarded, write_exit
 from llm.model import TransformerConfig
+from llm.strategy import DirectoryIO
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,15 @@ def run(cfg: DictConfig) -> Outcome:
         CheckpointError: a checkpoint that cannot be used.
         RunExistsError: see there.
         OSError: storage that cannot be written.
-        Preempted: the run was told to stop, and saved.
+        PreemptedError: the run was told to stop, and saved.
     """
     check(cfg)
     cfg = cfg.copy()
     _quiet()
     cfg.trainer.accelerator = _accelerator(cfg.trainer.accelerator)
-    data: TextData = instantiate(cfg.data, _convert_="all")
-    cfg.model.vocab_size = cfg.model.vocab_size or data.recipe.vocab_size
-    agree(cfg, instantiate(cfg.model, _convert_="all"), data)
+    data: TextData = built(cfg.data)
+    cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
+    agree(cfg, built(cfg.model), data)
     run_dir = Path(cfg.run_dir)
     checkpoint = claim(run_dir, cfg.resume)
     data.prepare()
@@ -64,6 +67,7 @@ def run(cfg: DictConfig) -> Outcome:
 
 def main(cfg: DictConfig) -> None:
     """`run`, for a shell: a mistake of the user's is one line, a bug a traceback, and each has its exit code."""
+    speak()
     with guarded(Path(cfg.run_dir)):
         run(cfg)
 
@@ -71,7 +75,8 @@ def main(cfg: DictConfig) -> None:
 def prepare(cfg: DictConfig) -> None:
     """Make the tokenizer and the token cache of `cfg`, and print what they hold."""
     check(cfg)
-    data: TextData = instantiate(cfg.data, _convert_="all")
+    speak()
+    data: TextData = built(cfg.data)
     data.prepare()
     print(yaml.safe_dump(data.report(), sort_keys=False))
 
@@ -83,9 +88,9 @@ def agree(cfg: DictConfig, model: TransformerConfig, data: TextData) -> None:
         ConfigError: with one line for each rule that does not hold.
     """
     mistakes = []
-    if data.recipe.vocab_size > model.vocab_size:
+    if vocab_size(data) > (model.vocab_size or 0):
         mistakes.append(
-            f"model.vocab_size: {model.vocab_size} - the tokenizer has {data.recipe.vocab_size} ids - "
+            f"model.vocab_size: {model.vocab_size} - the tokenizer has {vocab_size(data)} ids - "
             f"give at least that, or null to take the tokenizer's"
         )
     if data.max_length > model.max_length:
@@ -96,8 +101,8 @@ def agree(cfg: DictConfig, model: TransformerConfig, data: TextData) -> None:
     n_devices, n_nodes = cfg.trainer.devices, cfg.trainer.num_nodes
     if cfg.strategy._target_.endswith(".Single") and (n_devices, n_nodes) not in ((1, 1), ("auto", 1)):
         mistakes.append(
-            f"trainer.devices: {n_devices} on {n_nodes} nodes - strategy=single drives one device - set trainer.devices=1 "
-            f"and trainer.num_nodes=1"
+            f"trainer.devices: {n_devices} on {n_nodes} nodes - strategy=single drives one device - "
+            f"set trainer.devices=1 and trainer.num_nodes=1"
         )
     if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         mistakes.append(
@@ -131,14 +136,33 @@ def claim(run_dir: Path, resume: str) -> Path | None:
 
 
 def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
-    """The trainer, with its strategy, callbacks and loggers, and the objective. Seeded here: data preparation draws nothing."""
+    """The trainer, with its strategy, callbacks and loggers, and the objective. Seeded here: data preparation draws
+    nothing."""
     L.seed_everything(cfg.seed, verbose=False)
     node = cfg.trainer.copy()
     OmegaConf.set_struct(node, False)
     for key in ("max_tokens", "max_epochs"):
         node.pop(key)  # ours, and turned into max_steps
-    trainer = instantiate(node, max_epochs=-1, _convert_="all")
-    return trainer, instantiate(cfg.objective, _convert_="all")
+    return built(node, max_epochs=-1), built(cfg.objective)
+
+
+def built(node: DictConfig, **arguments: Any) -> Any:
+    """What `node` describes, with plain lists and dicts. A constructor's ValueError is the user's mistake: no
+    traceback."""
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise ConfigError(str(error.__cause__).splitlines()) from error
+        raise
+
+
+def vocab_size(data: TextData) -> int:
+    """How many ids the tokenizer has, or will have at most once it is trained."""
+    try:
+        return data.recipe.vocab_size
+    except ValueError as error:  # a folder that holds no tokenizer
+        raise ConfigError([f"tokenizer.{error}"]) from error
 
 
 def _set_length(cfg: DictConfig, data: TextData) -> None:
@@ -152,9 +176,12 @@ def _fit(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
     run_dir = Path(cfg.run_dir)
     inputs = _write_inputs(cfg, run_dir, data)
     trainer, objective = build(cfg)
-    trainer.strategy.checkpoint_io.attachments = inputs
+    checkpoint_io = trainer.strategy.checkpoint_io
+    assert isinstance(checkpoint_io, DirectoryIO), "every strategy of ours saves through our store"
+    checkpoint_io.attachments = inputs
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        logger.log_hyperparams(settings)
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
     trainer.fit(objective, datamodule=data, ckpt_path=checkpoint)
@@ -165,7 +192,9 @@ def _fit(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
 def _validate(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
     """Evaluate the weights of `checkpoint` on the held-out documents; nothing is recorded."""
     if checkpoint is None:
-        raise CheckpointError(f"{cfg.run_dir}: no checkpoint to validate - give the run's run_name, run_dir or resume=PATH")
+        raise CheckpointError(
+            f"{cfg.run_dir}: no checkpoint to validate - give the run's run_name, run_dir or resume=PATH"
+        )
     quiet = cfg.copy()
     quiet.callback, quiet.logger = {}, {}
     trainer, objective = build(quiet)
@@ -180,7 +209,8 @@ def _metrics(trainer: L.Trainer) -> dict[str, float]:
 
 
 def _write_inputs(cfg: DictConfig, run_dir: Path, data: TextData) -> list[Path]:
-    """What the run is made of, which every checkpoint carries a copy of: the resolved configuration and the tokenizer."""
+    """What the run is made of, which every checkpoint carries a copy of: the resolved configuration and the
+    tokenizer."""
     temporary = run_dir / ".config.yaml"
     temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True))
     os.replace(temporary, run_dir / "config.yaml")
@@ -191,6 +221,14 @@ def _write_inputs(cfg: DictConfig, run_dir: Path, data: TextData) -> list[Path]:
 def _accelerator(wanted: str) -> str:
     """What auto means: a GPU where torch drives one, else the CPU."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def speak() -> None:
+    """Print what the rooms have to say (a long preparation, a damaged cache), message by message."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("llm").handlers = [handler]
+    logging.getLogger("llm").setLevel(logging.INFO)
 
 
 def _quiet() -> None:

@@ -1,6 +1,7 @@
 """Learning-rate schedules: a pure function from the step to a factor of the peak learning rate.
 
-Every schedule rises linearly over `warmup_steps` and never reads a clock or a history, so a resumed run continues it exactly.
+Every schedule rises linearly over `warmup_steps` and never reads a clock or a history, so a resumed run continues it
+exactly.
 A run's length is `trainer.max_steps`; it may be None only until the run has worked it out from tokens or epochs.
 """
 

@@ -17,6 +17,7 @@ from tests.runs import TINY, Compose
 
 CONF = Path(__file__).parents[1] / "conf"
 
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     """Tiny tensors gain nothing from threads, and two test runs on two cores lose much."""
@@ -27,9 +28,9 @@ def _one_thread() -> None:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 documents of some words each, from a fixed seed."""
     draw = random.Random(0)
-    words = "the a cat dog sees likes runs over under big small red house tree and but then never often".split()
+    words = "the a cat dog sees likes runs over under big small red house tree and but then never often"
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    documents = (" ".join(draw.choices(words, k=draw.randint(3, 40))) for _ in range(120))
+    documents = (" ".join(draw.choices(words.split(), k=draw.randint(3, 40))) for _ in range(120))
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return path
 

@@ -1,4 +1,5 @@
-"""The house rules of docs/architecture.md, read off the syntax trees: imports point down, libraries stay in their rooms."""
+"""The house rules of docs/architecture.md, read off the syntax trees: imports point down, libraries stay in their
+rooms."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ FLOORS: dict[str, set[str]] = {
     "objective": {"model", "checkpoint", "metric", "reduce"},
     "callback": {"objective", "generate", "metric", "checkpoint", "data", "reduce"},
     "exit": {"callback", "checkpoint", "config", "data"},
-    "run": {"exit", "config", "checkpoint", "data", "model"},
-    "__main__": {"run", "exit", "config", "checkpoint", "generate"},
+    "run": {"exit", "config", "checkpoint", "data", "model", "strategy"},
+    "__main__": {"run", "exit", "config", "checkpoint", "data", "generate"},
     "__init__": set(),
     "train": {"run", "config"},
 }

@@ -1,4 +1,5 @@
-"""Every shipped YAML: composes, passes the check, and runs two steps or, if of real size, is built on the meta device."""
+"""Every shipped YAML: composes, passes the check, and runs two steps or, if of real size, is built on the meta
+device."""
 
 from __future__ import annotations
 
@@ -8,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from llm.config import check, register
-from llm.data import Files
 from llm.model import Transformer
 from llm.run import run
 from llm.tokenizer import Bytes
@@ -71,7 +71,8 @@ def test_experiment(name: str, compose_run: Compose, corpus: Path, cache_dir: Pa
 def test_choice(
     group: str, choice: str, compose_run: Compose, corpus: Path, tokenizer_folder: Path, request: pytest.FixtureRequest
 ) -> None:
-    """One by one in the default run: the check passes; models are built, sources of the hub not (that needs a network)."""
+    """One by one in the default run: the check passes; models are built, sources of the hub not (that needs a
+    network)."""
     (corpus.parent / "text.txt").write_text("One paragraph.\n\nAnother one.\n" * 20)
     small = group not in ("model", "data", "trainer")
     overrides = [f"{group}={choice}", *(needs(choice, corpus, tokenizer_folder) if group != "model" else [])]
@@ -90,7 +91,9 @@ def test_choice(
 @pytest.mark.parametrize("choice", ["bpe", "bytes", "pretrained"])
 def test_tokenizer_choice_trains(choice: str, compose_run: Compose, corpus: Path, tokenizer_folder: Path) -> None:
     vocabulary = ["tokenizer.vocab_size=300"] if choice == "bpe" else []
-    run(compose_run(f"tokenizer={choice}", *needs(choice, corpus, tokenizer_folder), *vocabulary, "trainer.max_steps=3"))
+    run(
+        compose_run(f"tokenizer={choice}", *needs(choice, corpus, tokenizer_folder), *vocabulary, "trainer.max_steps=3")
+    )
 
 
 def test_readme_commands_compose_and_its_python_imports(corpus: Path, compose_run: Compose) -> None:

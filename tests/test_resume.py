@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llm.callback import Preempted
+from llm.callback import PreemptedError
 from llm.checkpoint import newest, read
 from llm.run import run
 from tests.runs import Compose
@@ -25,7 +25,9 @@ class Signal(Callback):
     def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
         self.step, self.number = step, number
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self.step - 1:
             os.kill(os.getpid(), self.number)
 
@@ -69,7 +71,7 @@ def test_preempted_run_equals_uninterrupted(
         whole_runs[optimizer] = tmp_path_factory.mktemp(optimizer)
         run(compose_run(f"optimizer={optimizer}", f"run_dir={whole_runs[optimizer]}"))
     signalled = f"+callback.signal={{_target_: tests.test_resume.Signal, step: {stop}}}"
-    with pytest.raises(Preempted, match=rf"SIGTERM: saved .*step-0000000{stop}") as stopped:
+    with pytest.raises(PreemptedError, match=rf"SIGTERM: saved .*step-0000000{stop}") as stopped:
         run(compose_run(f"optimizer={optimizer}", signalled, "packages=[tests]"))
     assert stopped.value.exit_code == 75
     run(compose_run(f"optimizer={optimizer}"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm.callback import Preempted
+from llm.callback import PreemptedError
 from llm.checkpoint import CheckpointError, newest
 from llm.config import ConfigError
 from llm.data import DataError
@@ -52,8 +52,14 @@ def test_rules_between_groups_all_at_once(compose_run: Compose, tmp_path: Path) 
     text = str(refused.value)
     assert len(refused.value.mistakes) == 6
     assert "model.vocab_size: 100 - the tokenizer has 257 ids - give at least that, or null" in text
-    assert "data.max_length: 32 - the model's context is model.max_length=16 - shorten the first or raise the second" in text
-    assert "data.batch_size=6: must be a multiple of 1 processes x data.micro_batch_size=4 = 4; the nearest that are: 4 or 8" in text
+    assert (
+        "data.max_length: 32 - the model's context is model.max_length=16 - shorten the first or raise the second"
+        in text
+    )
+    assert (
+        "data.batch_size=6: must be a multiple of 1 processes x data.micro_batch_size=4 = 4; "
+        "the nearest that are: 4 or 8" in text
+    )
     assert "trainer.devices: 2 on 1 nodes - strategy=single drives one device" in text
     assert "trainer.accelerator: gpu - torch sees no GPU here - set trainer.accelerator=cpu" in text
     assert "resume: must - there is no checkpoint in" in text
@@ -94,7 +100,9 @@ def test_resume_on_other_data_is_refused(compose_run: Compose) -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "steps"), [("max_tokens", 2000, 8), ("max_epochs", 1, None)])
-def test_length_in_tokens_or_epochs(compose_run: Compose, tmp_path: Path, key: str, value: int, steps: int | None) -> None:
+def test_length_in_tokens_or_epochs(
+    compose_run: Compose, tmp_path: Path, key: str, value: int, steps: int | None
+) -> None:
     outcome = run(compose_run("trainer.max_steps=null", f"trainer.{key}={value}"))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
@@ -123,11 +131,13 @@ def test_validate_only(compose_run: Compose, tmp_path: Path) -> None:
         (RunExistsError("x"), 73),
         (CheckpointError("x"), 74),
         (OSError(28, "No space left on device"), 74),
-        (Preempted("x", 75), 75),
+        (PreemptedError("x", 75), 75),
         (KeyboardInterrupt(), 130),
     ],
 )
-def test_exit_codes_and_the_cause(tmp_path: Path, error: BaseException, code: int, capfd: pytest.CaptureFixture) -> None:
+def test_exit_codes_and_the_cause(
+    tmp_path: Path, error: BaseException, code: int, capfd: pytest.CaptureFixture
+) -> None:
     assert exit_code(error) == code
     with pytest.raises(SystemExit) as left, guarded(tmp_path):
         raise error
@@ -166,7 +176,17 @@ def test_the_command_line(corpus: Path, cache_dir: Path, tmp_path: Path) -> None
     assert str(tmp_path / "file") in unwritable.stderr
 
     text = subprocess.run(
-        [sys.executable, "-m", "llm", "generate", str(tmp_path / "runs/a"), "--prompt", "the cat", "--max-new-tokens", "5"],
+        [
+            sys.executable,
+            "-m",
+            "llm",
+            "generate",
+            str(tmp_path / "runs/a"),
+            "--prompt",
+            "the cat",
+            "--max-new-tokens",
+            "5",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -186,7 +206,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(corpus: Path, cache_dir: Path
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("step 3/"))  # training is under way
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "SIGINT: saved" in err
     step = int(newest(tmp_path / "run").name.removeprefix("step-"))  # type: ignore[union-attr]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -20,9 +21,9 @@ DECAYS = [Cosine, Linear, WarmupStableDecay]
 def test_rises_to_one_and_never_rises_again(kind: type[Schedule], warmup: int, length: int, final: float) -> None:
     schedule = kind(warmup, length, final) if kind in DECAYS else kind(warmup)  # type: ignore[call-arg]
     factors = [schedule(step) for step in range(length)]
-    assert all(0 < low < high < 1 for low, high in zip(factors[: warmup - 1], factors[1:warmup], strict=False))
+    assert all(0 < low < high < 1 for low, high in pairwise(factors[:warmup]))
     assert factors[warmup] == 1
-    assert all(a >= b - 1e-12 for a, b in zip(factors[warmup:], factors[warmup + 1 :], strict=False))
+    assert all(a >= b - 1e-12 for a, b in pairwise(factors[warmup:]))
     if kind in DECAYS and length - warmup > 1:
         assert factors[-1] == pytest.approx(final)
 

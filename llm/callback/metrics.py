@@ -18,7 +18,8 @@ class Metrics(Callback):
     """Flush the objective's packed sums, add the speed, and write a row.
 
     `metrics.jsonl` gets one row a flush and one a validation, each with `step` and `tokens` (real tokens read so far).
-    `train/loss` is the token-weighted mean since the row before; `grad/norm` the mean over the same steps, before clipping.
+    `train/loss` is the token-weighted mean since the row before; `grad/norm` the mean over the same steps, before
+    clipping.
 
     Args:
         every_n_steps: the one flush interval. Between flushes there is no host sync.
@@ -125,4 +126,5 @@ class Metrics(Callback):
 
 def metrics_of(trainer: L.Trainer) -> Metrics | None:
     """The run's Metrics callback, for those that show its newest row."""
-    return next((callback for callback in trainer.callbacks if isinstance(callback, Metrics)), None)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Metrics)), None)

@@ -23,7 +23,7 @@ def plot_run(rows: Rows, baselines: Mapping[str, float], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: Any = {
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,

@@ -15,7 +15,7 @@ from llm.callback.checkpoint import save_step
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 
 
-class Preempted(Exception):
+class PreemptedError(Exception):
     """The run was told to stop, and saved. `exit_code` is 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -44,7 +44,7 @@ class Preempt(Callback):
         """Save and leave, at the one place where a run can be continued exactly."""
         if self._received is not None:
             path = save_step(trainer)
-            raise Preempted(
+            raise PreemptedError(
                 f"{self._received.name}: saved {path}; the same command continues it", _EXIT_CODES[self._received]
             )
 

@@ -62,7 +62,7 @@ class Sample(Callback):
                 file.write(f"==== step {trainer.global_step}, sample {number} ====\n{text}\n\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                rows = [[trainer.global_step, text] for text in self.texts]
+                rows = [[str(trainer.global_step), text] for text in self.texts]
                 logger.log_text("samples", columns=["step", "text"], data=rows, step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
                 for number, text in enumerate(self.texts, 1):

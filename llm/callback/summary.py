@@ -40,7 +40,8 @@ _CONTENTS = {
 
 
 class Summary(Callback):
-    """Write and print how the run ended, beside baselines that need no model: byte unigram and gzip of the held-out text."""
+    """Write and print how the run ended, beside baselines that need no model: byte unigram and gzip of the held-out
+    text."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the wall clock."""
@@ -58,20 +59,22 @@ class Summary(Callback):
         if metrics is not None:
             metrics.flush(trainer, objective)
         rows = Record.of(trainer).rows()
-        summary = {
+        baselines = _baselines(trainer)
+        summary: dict[str, Any] = {
             "steps": trainer.global_step,
             "tokens": metrics.tokens if metrics else None,
             "wall_s": round(time.monotonic() - self._start_s, 3),
             "tokens_per_s": metrics.tokens / metrics.train_s if metrics and metrics.train_s else None,
             "parameters": objective.network.n_parameters(),
             **{name: _last(rows, name) for name in ("train/loss", "val/loss", "val/bits_per_byte")},
-            "baselines": _baselines(trainer),
+            "baselines": baselines,
             "commit": commit(),
             "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
         }
         (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        plot_run(rows, summary["baselines"], run_dir / "loss.png")
-        samples = next((callback.texts for callback in trainer.callbacks if isinstance(callback, Sample)), [])
+        plot_run(rows, baselines, run_dir / "loss.png")
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        samples = next((callback.texts for callback in callbacks if isinstance(callback, Sample)), [])
         _print(summary, samples, run_dir)
 
 

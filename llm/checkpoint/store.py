@@ -1,7 +1,8 @@
 """The checkpoints of a run: one directory per step, complete or not there.
 
-`RUN/checkpoints/step-00001000/` holds `state.pt` (plain data and tensors, read with weights_only), the resolved `config.yaml`
-and the tokenizer, so that a step directory can be used alone. It is written beside its final name, synced, and renamed.
+`RUN/checkpoints/step-00001000/` holds `state.pt` (plain data and tensors, read with weights_only), the resolved
+`config.yaml` and the tokenizer, so that a step directory can be used alone. It is written beside its final name,
+synced, and renamed.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def read(directory: Path) -> dict[str, Any]:
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         raise CheckpointError(
-            f"{file}: cannot be read ({type(error).__name__}: {first_line}) - remove {directory} to use an older checkpoint"
+            f"{file}: cannot be read ({type(error).__name__}: {first_line}) - "
+            f"remove {directory} to use an older checkpoint"
         ) from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # comes with OmegaConf
+import yaml
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from llm.config import habit
-from llm.config.check import keys, packages_of
+from llm.config.check import is_light, keys, packages_of
 from llm.config.mistake import did_you_mean, line, nearest
 from llm.config.schema import ROOT
 from llm.config.target import Signature, TargetError, resolve, signature
@@ -86,6 +86,8 @@ class Explainer:
                 return line(key, value, habit.HABITS[last].rule, habit.HABITS[last].remedy)
             if (meant := habit.ELSEWHERE.get(last)) in existing:
                 return line(key, value, "no such key", f"did you mean {meant}?")
+            if (close := _almost(key, existing)) and not is_light(key):
+                return line(key, value, "no such key", did_you_mean(close))
             takes = self.takes(cfg, parent)
             if last in takes.parameters or (takes.open and not nearest(last, takes.parameters, cutoff=0.85)):
                 return line(key, value, "is not spelt in YAML", f"write +{key}={value}")
@@ -137,6 +139,16 @@ def _refers(cfg: DictConfig, key: str) -> bool:
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(cfg, parent) if parent else cfg
     return key.split(".")[0] == "hydra" or OmegaConf.is_interpolation(node, last)
+
+
+def _almost(key: str, existing: list[str]) -> list[str]:
+    """The neighbour that a key is surely misspelt from: no two arguments of the Trainer are more alike than 0.83.
+
+    It answers `trainer.max_stesp` at once, where the Trainer's signature would cost 4 s.
+    """
+    parent, _, last = key.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in existing if name.rpartition(".")[0] == parent}
+    return [beside[word] for word in nearest(last, beside, cutoff=0.87)] if parent else []
 
 
 def _closest(key: str, existing: list[str], arguments: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import netrc
 import os
 import socket
@@ -12,6 +13,7 @@ _DEFAULT_SERVER = "https://api.wandb.ai"
 _PATIENCE_S = 2.0
 
 
+@functools.cache
 def wandb_offline() -> bool:
     """False if WANDB_MODE asks for online, or a key is configured (variable or `wandb login`) and the server answers.
 

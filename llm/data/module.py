@@ -59,7 +59,10 @@ class TextData(LightningDataModule):
         super().__init__()
         if (sources is None) == (path is None):
             given = "neither is" if path is None else "both are"
-            raise ValueError(f"data.sources and data.path: exactly one says what to read, but {given} given")
+            raise ValueError(
+                f"data.path={path}: exactly one of data.sources and data.path says what to read, but {given} given; "
+                "for files alone: data=files data.path=…"
+            )
         if sources is not None and not sources:
             raise ValueError("data.sources is empty: name at least one source")
         if val_every is not None and val_every < 2:

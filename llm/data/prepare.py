@@ -160,7 +160,7 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path) 
 
     def build(folder: Path) -> dict[str, Any]:
         started = reported = time.monotonic()
-        content = hashlib.sha256()
+        tokens_digest, bounds_digest = hashlib.sha256(), hashlib.sha256()
         n_tokens = n_documents = n_bytes = n_empty = 0
         with (folder / "tokens.bin").open("wb") as tokens, (folder / "documents.bin").open("wb") as documents:
             for texts, encoded, empty in _encoded(source.documents(), tokenizer):
@@ -168,8 +168,8 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path) 
                 bounds = n_tokens + np.cumsum(sizes) - sizes
                 tokens.write(flat.data)
                 documents.write(bounds.data)
-                content.update(flat.data)
-                content.update(bounds.data)
+                tokens_digest.update(flat.data)
+                bounds_digest.update(bounds.data)
                 n_tokens, n_documents, n_empty = n_tokens + len(flat), n_documents + len(texts), n_empty + empty
                 n_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
                 if time.monotonic() - reported > 10:
@@ -187,7 +187,7 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path) 
             "empty": n_empty,
             "tokens": n_tokens - 2 * n_documents,
             "bytes": n_bytes,
-            "content": content.hexdigest()[:16],
+            "content": digest(tokens_digest.hexdigest(), bounds_digest.hexdigest()),
             "seconds": round(time.monotonic() - started, 2),
         }
 

@@ -1,8 +1,8 @@
 """The step: the one place where a batch becomes a change of the weights.
 
-One Lightning batch is one optimizer step. It arrives as this process's micro-batches of the whole global step, so the count
-that normalises the loss is known before the first backward, gradients are synchronised once, and the global batch means the
-same whatever the number of processes and the size of a micro-batch.
+One Lightning batch is one optimizer step. It arrives as this process's micro-batches of the whole global step, so the
+count that normalises the loss is known before the first backward, gradients are synchronised once, and the global batch
+means the same whatever the number of processes and the size of a micro-batch.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ class Objective(L.LightningModule):
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             with self.gradient_sync(last=number == len(batch.micro_batches)):
                 parts = self.losses(micro_batch)
-                self.manual_backward(sum(part.weight * part.total / share[name] for name, part in parts.items()))
+                loss = torch.stack([part.weight * part.total / share[name] for name, part in parts.items()]).sum()
+                self.manual_backward(loss)
             for name, part in parts.items():
                 total, count = sums.get(name, (0.0, 0.0))
                 sums[name] = (total + part.total.detach(), count + part.count)
@@ -190,8 +191,8 @@ class Objective(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The position in the data, and the sums of the log row that is still open.
 
-        Lightning's own loop state is left out: restoring it replays or skips validations, depending on the hook in which the
-        checkpoint was taken.
+        Lightning's own loop state is left out: restoring it replays or skips validations, depending on the hook in
+        which the checkpoint was taken.
         """
         checkpoint.pop("loops", None)
         checkpoint["objective"] = {

@@ -12,8 +12,8 @@ from llm.objective.loss import Loss, cross_entropy, n_labels
 class CausalLM(Objective):
     """Each token from those before it in its document (Radford et al. 2019).
 
-    A batch holds `tokens`, `labels`, `documents` and `positions`, all [B, T]; validation adds `n_bytes` [B], so that the loss
-    can be told per byte of text, which compares across tokenizers.
+    A batch holds `tokens`, `labels`, `documents` and `positions`, all [B, T]; validation adds `n_bytes` [B], so that
+    the loss can be told per byte of text, which compares across tokenizers.
     """
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

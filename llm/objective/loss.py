@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,11 +10,12 @@ from torch import Tensor
 IGNORED = -100  # the label of a position that is not predicted; torch's own default ignore_index
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """One named part of the loss over a micro-batch.
 
-    It is divided by its count over the *whole* global step, not over this micro-batch: the mean of means is another number
-    as soon as the counts differ.
+    It is divided by its count over the *whole* global step, not over this micro-batch: the mean of means is another
+    number as soon as the counts differ.
     """
 
     total: Tensor  # scalar, the sum over what was predicted

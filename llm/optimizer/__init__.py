@@ -50,8 +50,8 @@ class AdamW:
 class MuonAdamW:
     """Muon for the matrices inside the network, AdamW for embeddings, head, norms and biases, behind one optimizer.
 
-    Muon (Jordan et al. 2024) orthogonalises the momentum of each matrix; its update is scaled to AdamW's size (Liu et al. 2025,
-    arXiv:2502.16982, section 2.2), so one `lr` and one `weight_decay` serve both.
+    Muon (Jordan et al. 2024) orthogonalises the momentum of each matrix; its update is scaled to AdamW's size (Liu et
+    al. 2025, arXiv:2502.16982, section 2.2), so one `lr` and one `weight_decay` serve both.
 
     Args:
         lr: peak learning rate of both; the schedule multiplies it.

@@ -46,7 +46,7 @@ class MuonAdamW(Optimizer):
         super().__init__(groups, {})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both; `closure`, if given, runs first, under grad, and its value is returned."""
         result = None
         if closure is not None:

@@ -37,7 +37,7 @@ def test_no_callback_changes_the_curve(
 def test_a_run_leaves_what_the_readme_says(compose_run: Compose, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     outcome = run(compose_run("logger=default"))
-    for name in "config.yaml metrics.jsonl metrics.csv samples.txt summary.json loss.png exit.json".split():
+    for name in ["config.yaml", "metrics.jsonl", "metrics.csv", "samples.txt", "summary.json", "loss.png", "exit.json"]:
         assert (run_dir / name).stat().st_size > 0, name
     assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
     assert list((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))

@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 from llm.config import ConfigError, check, check_overrides, register
 
 HERE = Path(__file__).parent
-NODES = ("tokenizer", "data", "objective", "strategy")
 
 TRAIN = """
 defaults:

@@ -231,6 +231,9 @@ def test_lightnings_signature_costs_little_more_than_importing_it(conf: Path) ->
     """The bar is 5 s on two idle cores, of which `import lightning` alone takes 3.5: so the rest is what is tested."""
     trainer = conf / "trainer" / "default.yaml"
     trainer.write_text(trainer.read_text().replace("toyhouse.Trainer", "lightning.Trainer"))
+    done, cpu_s = _run(conf, "trainer.max_stesp=5")
+    assert "trainer.max_stesp: 5 - no such key - did you mean trainer.max_steps?" in done.stderr
+    assert cpu_s < 2
     done, cpu_s = _run(conf, "trainer.max_stesp=5", "+trainer.detect_anomly=true")
     assert done.returncode == 64
     assert "trainer.max_stesp: 5 - no such key - did you mean trainer.max_steps?" in done.stderr

@@ -1,8 +1,6 @@
-"""TextData: each row of text reaches the model whole, once, in the order that (seed, step) says, however it is divided."""
+"""TextData: each row of text reaches the model once, in the order that (seed, step) says, however it is divided."""
 
 import pickle
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,7 +147,7 @@ class TestSteps:
         parts = joined([batch for share in shares for batch in share.micro_batches])
         assert all(torch.equal(parts[name], whole[name]) for name in whole)
 
-    @pytest.mark.parametrize("num_workers", [1, 3])
+    @pytest.mark.parametrize("num_workers", [1, 2])
     def test_workers_change_nothing(self, folder: Path, num_workers: int) -> None:
         alone = steps_of(on(mixture(folder)))
         helped = steps_of(on(mixture(folder, num_workers=num_workers)))
@@ -165,6 +163,12 @@ class TestSteps:
         packed = pickle.dumps(dataset)
         assert len(packed) < 10_000
         assert torch.equal(pickle.loads(packed)[0].micro_batches[0]["tokens"], before)
+
+    def test_tokens_stay_in_their_file(self, folder: Path) -> None:
+        rows = make(folder)._prepared.train["files"]
+        for array in (rows.tokens, rows.starts, rows.lengths, rows.ends):
+            assert isinstance(array.base, np.memmap)
+            assert not array.flags.writeable
 
     def test_seeds_change_the_order(self, folder: Path) -> None:
         first = [steps_of(make(folder, seed=seed))[0].micro_batches[0]["samples"].tolist() for seed in (0, 1, 0)]
@@ -200,10 +204,11 @@ class TestValidation:
         assert everything["n_bytes"].sum() == sum(len(text.encode()) for text in data.val_texts())
 
     def test_the_last_batch_is_shorter(self, folder: Path) -> None:
-        data = make(folder, batch_size=100, micro_batch_size=5)
+        data = make(folder, batch_size=77, micro_batch_size=7)
         n_rows = len(data._prepared.val["files"])
+        assert n_rows % 7
         sizes = [len(batch["samples"]) for batch in data.val_dataloader()]
-        assert sizes == [5] * (n_rows // 5) + [n_rows % 5]
+        assert sizes == [7] * (n_rows // 7) + [n_rows % 7]
 
     @pytest.mark.parametrize("recipe", [Bytes(), ByteLevelBPE(300)])
     def test_val_texts_are_the_held_out_documents(self, folder: Path, recipe: Any) -> None:
@@ -291,10 +296,10 @@ class TestResume:
 
 class TestRefused:
     def test_sources_and_path(self, folder: Path) -> None:
-        message = r"data\.sources and data\.path: exactly one says what to read, but "
-        with pytest.raises(ValueError, match=message + "neither is given"):
+        message = r": exactly one of data\.sources and data\.path says what to read, but "
+        with pytest.raises(ValueError, match=r"data\.path=None" + message + "neither is given"):
             TextData(Bytes())
-        with pytest.raises(ValueError, match=message + "both are given"):
+        with pytest.raises(ValueError, match="data.path=a" + message + "both are given; for files alone: data=files"):
             TextData(Bytes(), sources={"a": Files("a")}, path="a")
         with pytest.raises(ValueError, match=r"data\.sources is empty: name at least one source"):
             TextData(Bytes(), sources={})
@@ -326,18 +331,3 @@ class TestRefused:
         (tmp_path / "a.txt").write_text("one text")
         with pytest.raises(DataError, match=r"is one document, so none can be held out; read the paragraphs of a text"):
             make(folder, path=str(tmp_path / "a.txt")).prepare()
-
-
-def test_processes_that_prepare_at_once_get_the_same_from_one_preparation(folder: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; from llm.data import TextData; from llm.tokenizer import ByteLevelBPE\n"
-        "data = TextData(ByteLevelBPE(300), path=sys.argv[1], cache_dir=sys.argv[2]); data.prepare_data()\n"
-        "print(data.fingerprint)"
-    )
-    command = [sys.executable, "-c", code, str(folder / "a.jsonl"), str(tmp_path / "cache")]
-    root = Path(__file__).parents[2]
-    children = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    prints = [child.communicate(timeout=100)[0] for child in children]
-    assert prints[0] == prints[1] != ""
-    kinds = sorted(path.name.split("-")[0] for path in (tmp_path / "cache").iterdir() if path.is_dir())
-    assert kinds == ["rows", "rows", "tokenizer", "tokens"]

@@ -1,7 +1,10 @@
 """Preparation reads each source once, keeps every token, and knows what has changed."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +44,7 @@ def documents_of(cache: Any) -> list[list[int]]:
     tokens = np.fromfile(cache.path / "tokens.bin", cache.meta["dtype"])
     bounds = np.fromfile(cache.path / "documents.bin", np.int64)
     assert bounds[-1] == len(tokens)
-    return [tokens[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [tokens[a:b].tolist() for a, b in pairwise(bounds)]
 
 
 def test_documents_lie_between_ends_of_text(tmp_path: Path) -> None:
@@ -171,3 +174,23 @@ def test_long_preparations_say_how_far_they_are(
     with caplog.at_level("INFO"):
         prepare_tokens("mine", Counted(["abc"]), Bytes().build(), tmp_path)
     assert "mine: 1 documents, 0.00 GB tokenised" in caplog.text
+
+
+def test_processes_that_prepare_at_once_share_one_preparation(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
+    code = (
+        "import sys; from pathlib import Path; from llm.data.prepare import *; from llm.data import Files\n"
+        "from llm.tokenizer import ByteLevelBPE\n"
+        "source, root = Files(sys.argv[1]), Path(sys.argv[2])\n"
+        "tokenizer = prepare_tokenizer(ByteLevelBPE(300), {'mine': source}, 20, root)\n"
+        "tokens = prepare_tokens('mine', source, tokenizer, root)\n"
+        "print(tokens.meta, prepare_rows('mine', tokens, Held(20), 64, root).rows_cache.meta)\n"
+        "assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache")]
+    root = Path(__file__).parents[2]
+    children = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    printed = {child.communicate(timeout=100)[0] for child in children}
+    assert [child.returncode for child in children] == [0, 0, 0]
+    assert len(printed) == 1, "with the seconds that the one who did it took"
+    assert [cache.kind for cache in caches(tmp_path / "cache")] == ["rows", "tokenizer", "tokens"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
@@ -36,7 +36,7 @@ class HostReads(TorchDispatchMode):
 class CountHostReads(Callback):
     """Step -> how often it waited, from the first hook of the step to the last one of this callback."""
 
-    reads: Counter[int] = Counter()
+    reads: ClassVar[Counter[int]] = Counter()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from llm.optimizer.groups import decay_groups, hidden_matrices
 
 def model(**settings: object) -> Transformer:
     torch.manual_seed(0)
-    defaults = dict(dim=16, n_layers=2, n_heads=2, ffn_dim=32, vocab_size=11, max_length=8, bias=True, norm="layer")
-    return Transformer(TransformerConfig(**{**defaults, **settings}))  # type: ignore[arg-type]
+    defaults = TransformerConfig(
+        dim=16, n_layers=2, n_heads=2, ffn_dim=32, vocab_size=11, max_length=8, bias=True, norm="layer"
+    )
+    return Transformer(replace(defaults, **settings))  # type: ignore[arg-type]
 
 
 def train(network: nn.Module, optimizer: torch.optim.Optimizer, n_steps: int, first: int = 0) -> None:

@@ -1,0 +1,51 @@
+"""Every file of conf/data and conf/tokenizer builds what it names, once its open places are filled."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from llm.config import register
+from llm.data import Files, Hub, StandardLibrary, TextData
+from llm.tokenizer import ByteLevelBPE, Bytes, Pretrained
+
+CONF = Path(__file__).parents[2] / "conf"
+DATA = {
+    "stdlib": ([], {"python": StandardLibrary()}),
+    "files": (["data.path=a.jsonl", "data.column=body"], {"files": Files("a.jsonl", "body")}),
+    "text": (["data.sources.text.path=a.txt"], {"text": Files("a.txt", document="paragraph")}),
+    "hub": ([], {"hub": Hub("HuggingFaceFW/fineweb-edu", "sample-10BT")}),
+    "mixture": (
+        ["data.sources.files.path=a.jsonl"],
+        {"python": StandardLibrary(weight=3.0), "files": Files("a.jsonl", weight=1.0)},
+    ),
+}
+TOKENIZER = {"bpe": ByteLevelBPE(4096), "bytes": Bytes(), "pretrained": Pretrained(str(CONF))}
+
+
+def build(*overrides: str) -> TextData:
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", list(overrides))
+    return instantiate(cfg.data, _convert_="all")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "data").glob("[!_]*.yaml")))
+def test_data(name: str) -> None:
+    overrides, sources = DATA[name]
+    assert build(f"data={name}", *overrides).sources == sources
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "tokenizer").glob("*.yaml")))
+def test_tokenizer(name: str) -> None:
+    path = [f"tokenizer.path={CONF}"] if name == "pretrained" else []
+    assert build(f"tokenizer={name}", *path).recipe == TOKENIZER[name]
+
+
+def test_the_cache_goes_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLM_CACHE_DIR", raising=False)
+    assert build().cache_dir == Path("~/.cache/llm-on-lightning").expanduser()
+    monkeypatch.setenv("LLM_CACHE_DIR", "/elsewhere")
+    assert build().cache_dir == Path("/elsewhere")
+    assert build("data.cache_dir=/here").cache_dir == Path("/here")
