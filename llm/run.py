@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint import CheckpointError, newest
 from llm.checkpoint.store import find
-from llm.config import ConfigError, check
+from llm.config import ConfigError, check, wandb_offline
 from llm.data import TextData
 from llm.exit import RunExistsError, finished, guarded, write_exit
 from llm.model import TransformerConfig
@@ -235,6 +235,9 @@ def _quiet() -> None:
     """Silence what Lightning tells users of its own data loaders and loops; ours are other ones."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    if wandb_offline():  # where the files lie is said at the end; online, people want the link
+        os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("WANDB_CONSOLE", "off")  # the progress bar is no record worth keeping
     for message in (
         ".*does not have many workers.*",
         ".*your dataloader is not resumable.*",
@@ -242,6 +245,8 @@ def _quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*The dirpath has changed from.*",
+        ".*every_n_train_steps, but no pre-optimization state was saved.*",
+        ".*isinstance.treespec, LeafSpec.* is deprecated.*",
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
     ):
         warnings.filterwarnings("ignore", message=message)

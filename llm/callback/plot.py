@@ -22,6 +22,7 @@ def plot_run(rows: Rows, baselines: Mapping[str, float], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     style: Any = {
         "axes.spines.top": False,
@@ -47,6 +48,7 @@ def plot_run(rows: Rows, baselines: Mapping[str, float], path: Path) -> None:
         for axis in axes.values():
             axis.set_xlabel("tokens")
             axis.set_xlim(left=0)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 200k, 10M
         figure.tight_layout()
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -68,6 +70,7 @@ def _draw_loss(axis: Any, rows: Rows) -> None:
         )
     axis.set_title("loss, nats per token", loc="left", fontweight="bold")
     axis.set_yscale("log")
+    axis.grid(which="both", alpha=0.25)
     axis.yaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_minor_formatter("{x:g}")
     axis.legend(frameon=False)

@@ -8,6 +8,7 @@ check(cfg)                                              # a configuration compos
 from llm.config.check import check
 from llm.config.command_line import check_overrides
 from llm.config.mistake import ConfigError, refuse
+from llm.config.online import wandb_offline
 from llm.config.schema import Run, register, run_id
 
-__all__ = ["ConfigError", "Run", "check", "check_overrides", "refuse", "register", "run_id"]
+__all__ = ["ConfigError", "Run", "check", "check_overrides", "refuse", "register", "run_id", "wandb_offline"]

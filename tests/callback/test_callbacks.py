@@ -55,7 +55,7 @@ def test_a_run_leaves_what_the_readme_says(compose_run: Compose, tmp_path: Path)
 
     samples = (run_dir / "samples.txt").read_text()
     assert samples.count("==== step 3, sample") == samples.count("==== step 6, sample") == 3
-    assert "\ndef " in samples
+    assert "\nimport" in samples
 
 
 def test_rows_are_flushes_and_validations(compose_run: Compose, tmp_path: Path) -> None:
