@@ -15,6 +15,8 @@ import torch
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from llm.checkpoint import CheckpointError, newest
@@ -143,7 +145,16 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
     OmegaConf.set_struct(node, False)
     for key in ("max_tokens", "max_epochs"):
         node.pop(key)  # ours, and turned into max_steps
-    return built(node, max_epochs=-1), built(cfg.objective)
+    callbacks = built(node.pop("callbacks"))
+    trainer = built(
+        node,
+        max_epochs=-1,
+        callbacks=callbacks,
+        # Without these Lightning adds a bar and a checkpoint of its own where a user has taken ours away.
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+    )
+    return trainer, built(cfg.objective)
 
 
 def built(node: DictConfig, **arguments: Any) -> Any:
@@ -185,6 +196,9 @@ def _fit(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
     if checkpoint is not None:
         print(f"continuing from {checkpoint}")
     trainer.fit(objective, datamodule=data, ckpt_path=checkpoint)
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # the next run of a sweep would go on writing into it
     write_exit(run_dir, 0, "finished", max_steps=trainer.max_steps)
     return Outcome(run_dir, trainer.global_step, _metrics(trainer))
 

@@ -112,6 +112,12 @@ def test_length_in_tokens_or_epochs(
         assert rows[-1]["tokens"] == pytest.approx(value, rel=0.1)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_every_precision_learns(compose_run: Compose, precision: str) -> None:
+    outcome = run(compose_run(f"trainer.precision={precision}", "optimizer.lr=1e-2", "trainer.max_steps=20"))
+    assert outcome.metrics["val/loss"] < 5  # log(257) = 5.55 at the start
+
+
 def test_validate_only(compose_run: Compose, tmp_path: Path) -> None:
     trained = run(compose_run("model.dropout=0.1"))
     files = sorted(path for path in (tmp_path / "run").rglob("*"))

@@ -16,7 +16,7 @@ from llm.objective import Objective
 
 
 class Sample(Callback):
-    """Continue a few prompts after every validation, into `RUN/samples.txt` and the loggers.
+    """Continue a few prompts after every validation and at the end, into `RUN/samples.txt` and the loggers.
 
     Draws from a generator of its own, seeded by the step: the run's generators, and so its losses, are not touched.
 
@@ -44,6 +44,7 @@ class Sample(Callback):
         self.top_k = top_k
         self.top_p = top_p
         self.seed = seed
+        self._sampled_step = -1
         self.texts: list[str] = []  # the newest samples, prompts included
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,9 +54,17 @@ class Sample(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample, and add to the file."""
-        if trainer.sanity_checking or not trainer.is_global_zero:
-            return
+        if not trainer.sanity_checking and trainer.is_global_zero:
+            self._write_samples(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A run without validation ends with samples all the same."""
+        if self._sampled_step != trainer.global_step and trainer.is_global_zero:
+            self._write_samples(trainer, pl_module)
+
+    def _write_samples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Objective)
+        self._sampled_step = trainer.global_step
         self.texts = self._continue_prompts(trainer, pl_module)
         with open(_file(trainer), "a") as file:
             for number, text in enumerate(self.texts, 1):

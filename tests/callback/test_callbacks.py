@@ -103,6 +103,23 @@ def test_early_stopping_ends_the_run_and_it_stays_ended(compose_run: Compose, tm
     assert (tmp_path / "run" / "summary.json").read_text() == summary
 
 
+def test_a_run_without_validation_samples_at_its_end(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run("data.val_every=null"))
+    assert (tmp_path / "run" / "samples.txt").read_text().count("==== step 6, sample") == 3
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["val/loss"], summary["baselines"]) == (None, {})
+
+
+def test_nothing_is_saved_where_the_checkpoint_was_taken_away(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run("~callback.checkpoint", "~callback.progress"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_only_the_newest_checkpoint_stays(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run("callback.checkpoint.every_n_train_steps=2"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
+
+
 def test_record_survives_a_line_cut_short(tmp_path: Path) -> None:
     record = Record(tmp_path)
     record.append({"step": 1, "a": 0.1})
