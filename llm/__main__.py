@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -14,9 +14,17 @@ if TYPE_CHECKING:
 CONF = Path(__file__).parents[1] / "conf"
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse, with the exit code that a wrong command line has here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(64, f"{self.prog}: {message}\n")
+
+
 def prepare(arguments: Sequence[str]) -> None:
     """Make the tokenizer and the token cache that train.py with the same overrides will use."""
-    parser = argparse.ArgumentParser("python -m llm prepare", description=prepare.__doc__)
+    parser = _Parser("python -m llm prepare", description=prepare.__doc__)
     parser.add_argument("--list", action="store_true", help="show what data.cache_dir holds, and make nothing")
     parser.add_argument("--clean", action="store_true", help="empty data.cache_dir, and make nothing")
     options, overrides = parser.parse_known_args(list(arguments))
@@ -37,7 +45,7 @@ def prepare(arguments: Sequence[str]) -> None:
 
 def generate(arguments: Sequence[str]) -> None:
     """Continue prompts with the model of a run."""
-    parser = argparse.ArgumentParser("python -m llm generate", description=generate.__doc__)
+    parser = _Parser("python -m llm generate", description=generate.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
     parser.add_argument("--prompt", action="append", help="text to go on from; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=200)
@@ -51,6 +59,7 @@ def generate(arguments: Sequence[str]) -> None:
     import torch
 
     from llm.checkpoint import load
+    from llm.config import ConfigError
     from llm.generate import generate as continue_tokens
 
     model, tokenizer = load(options.run)
@@ -59,16 +68,19 @@ def generate(arguments: Sequence[str]) -> None:
     generator = torch.Generator(device).manual_seed(options.seed)
     for prompt in options.prompt or [""]:
         ids = [tokenizer.eot_id, *(int(token) for token in tokenizer.encode(prompt))]
-        tokens = continue_tokens(
-            model,
-            torch.tensor([ids], device=device),
-            options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            eos_id=tokenizer.eot_id,
-            generator=generator,
-        )
+        try:
+            tokens = continue_tokens(
+                model,
+                torch.tensor([ids], device=device),
+                options.max_new_tokens,
+                temperature=options.temperature,
+                top_k=options.top_k,
+                top_p=options.top_p,
+                eos_id=tokenizer.eot_id,
+                generator=generator,
+            )
+        except ValueError as error:
+            raise ConfigError([str(error)]) from error
         print(tokenizer.decode(tokens[0, 1:].tolist()))
 
 

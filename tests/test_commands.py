@@ -1,0 +1,91 @@
+"""`python -m llm COMMAND`, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llm.__main__ import main
+from llm.data.cache import caches
+from llm.run import run
+from tests.runs import Compose
+
+
+@pytest.fixture
+def settings(corpus: Path, tmp_path: Path) -> list[str]:
+    return [
+        "data=files",
+        f"data.path={corpus}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "data.max_length=32",
+        "tokenizer.vocab_size=300",
+    ]
+
+
+def test_prepare_list_clean(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["prepare", "--list", *settings])
+    assert capsys.readouterr().out.strip() == f"{tmp_path / 'cache'}: nothing"
+    main(["prepare", *settings])
+    report = yaml.safe_load(capsys.readouterr().out)
+    assert report["vocab_size"] == 300
+    assert report["train"]["files"]["fill"] > 0.9
+    kinds = [cache.kind for cache in caches(tmp_path / "cache")]
+    assert sorted(set(kinds)) == ["rows", "tokenizer", "tokens"]
+    main(["prepare", "--list", *settings])
+    assert capsys.readouterr().out.count(" MB ") == len(kinds)
+    main(["prepare", "--clean", *settings])
+    assert "MB freed" in capsys.readouterr().out
+    assert caches(tmp_path / "cache") == []
+
+
+def test_generate_continues_each_prompt(
+    compose_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(compose_run())
+    capsys.readouterr()
+    command = ["generate", str(tmp_path / "run"), "--prompt", "the cat", "--prompt", "a dog", "--max-new-tokens", "4"]
+    main([*command, "--temperature", "0"])
+    first = capsys.readouterr().out
+    assert first.startswith("the cat")
+    assert "\na dog" in first
+    main([*command, "--temperature", "0", "--seed", "1"])
+    assert capsys.readouterr().out == first  # greedy needs no seed
+
+
+def test_generate_refuses_a_wrong_setting(
+    compose_run: Compose, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(compose_run())
+    with pytest.raises(SystemExit) as left:
+        main(["generate", str(tmp_path / "run"), "--temperature", "-1"])
+    assert left.value.code == 64
+    assert "temperature = -1.0: must be at least 0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nope"], 64, "usage: python -m llm COMMAND"),
+        (["prepare", "data.max_lenght=3"], 64, "data.max_lenght: 3 - no such key - did you mean data.max_length?"),
+        (["prepare", "--help-me"], 64, "--help-me"),
+        (["prepare", "data=files", "data.path=/nowhere.txt"], 65, "/nowhere.txt"),
+        (["generate"], 64, "the following arguments are required: RUN"),
+        (["generate", "/nowhere"], 74, "/nowhere: no checkpoint here"),
+    ],
+)
+def test_mistakes(arguments: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == code
+    printed = capfd.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([])
+    assert left.value.code == 0
+    assert "prepare" in capsys.readouterr().out
