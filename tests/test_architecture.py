@@ -4,8 +4,10 @@ rooms."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,3 +120,19 @@ def test_light_modules_load_no_torch() -> None:
     program = f"import sys, {', '.join(LIGHT)}; sys.exit(str({{'torch', 'lightning', 'datasets'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "set()"
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    """A dependency of a dependency may go away with the next release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    declared = {re.split(r"[<>=\[ ]", line)[0].lower().replace("-", "_") for group in groups for line in group}
+    distribution = {"hydra": "hydra_core", "yaml": "pyyaml"}
+    used = {name.partition(".")[0] for path in FILES for name in imports(path)} - {"llm"} - sys.stdlib_module_names
+    assert {distribution.get(name, name) for name in used} <= declared
+
+
+def test_every_dependency_has_bounds() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in [*project["dependencies"], *(x for group in project["optional-dependencies"].values() for x in group)]:
+        assert line.startswith(project["name"]) or (">=" in line and "<" in line), line

@@ -77,3 +77,14 @@ def test_preempted_run_equals_uninterrupted(
     run(compose_run(f"optimizer={optimizer}"))
     assert_same_state(whole_runs[optimizer], tmp_path / "run")
     assert rows(whole_runs[optimizer]) == rows(tmp_path / "run")
+
+
+def test_preempted_with_loader_workers_equals_uninterrupted(compose_run: Compose, tmp_path: Path) -> None:
+    """Two processes read ahead: what they had prepared for the steps that never came is prepared again."""
+    workers = ("data.num_workers=2", "trainer.max_steps=4")
+    run(compose_run(*workers, f"run_dir={tmp_path / 'whole'}"))
+    with pytest.raises(PreemptedError):
+        run(compose_run(*workers, "+callback.signal={_target_: tests.test_resume.Signal, step: 2}", "packages=[tests]"))
+    run(compose_run(*workers))
+    assert_same_state(tmp_path / "whole", tmp_path / "run")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "run")
