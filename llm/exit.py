@@ -17,6 +17,8 @@ from llm.checkpoint import CheckpointError
 from llm.config import ConfigError
 from llm.data import DataError
 
+FINISHED, STOPPED_EARLY = "finished", "stopped early"
+_FILE = "exit.json"
 CONFIG, DATA, BUG, EXISTS, STORAGE, INTERRUPTED = 64, 65, 70, 73, 74, 130
 
 
@@ -27,7 +29,7 @@ class RunExistsError(ValueError):
 def exit_code(error: BaseException) -> int:
     """The exit code that tells a batch script what happened."""
     match error:
-        case SystemExit():
+        case SystemExit() if not _interrupted(error):
             return error.code if isinstance(error.code, int) else int(error.code is not None)
         case ConfigError():
             return CONFIG
@@ -39,42 +41,65 @@ def exit_code(error: BaseException) -> int:
             return STORAGE
         case PreemptedError():
             return error.exit_code
-        case KeyboardInterrupt():
+        case KeyboardInterrupt() | SystemExit():
             return INTERRUPTED
     return BUG
 
 
 @contextlib.contextmanager
-def guarded(run_dir: Path | None = None) -> Iterator[None]:
+def guarded() -> Iterator[None]:
     """Run the body; leave the process with the exit code of what it raises, after one line on stderr.
 
-    A bug prints its traceback. The cause goes to `run_dir`, unless the run was refused before it owned that directory.
+    A bug prints its traceback.
     """
     try:
         yield
-    except SystemExit:
-        raise
     except BaseException as error:
+        if isinstance(error, SystemExit) and not _interrupted(error):
+            raise
         code = exit_code(error)
         if code == BUG:
             traceback.print_exc()
         else:
             print(str(error) or type(error).__name__, file=sys.stderr)
-        if run_dir is not None and code not in (CONFIG, EXISTS) and run_dir.is_dir():
-            with contextlib.suppress(OSError):
-                write_exit(run_dir, code, f"{type(error).__name__}: {error}")
         sys.exit(code)
 
 
-def write_exit(run_dir: Path, code: int, cause: str, max_steps: int | None = None) -> None:
-    """Leave `exit.json`; `max_steps` is the length of a run that ended by itself."""
-    (run_dir / "exit.json").write_text(json.dumps({"code": code, "cause": cause, "max_steps": max_steps}) + "\n")
-
-
-def finished(run_dir: Path, max_steps: int) -> bool:
-    """Whether the run ended by itself, and had been asked for no fewer steps than now."""
+@contextlib.contextmanager
+def recorded(run_dir: Path) -> Iterator[None]:
+    """While the body runs, the run has no end; if it raises, the cause is left in `exit.json`."""
+    (run_dir / _FILE).unlink(missing_ok=True)
     try:
-        end = json.loads((run_dir / "exit.json").read_text())
+        yield
+    except BaseException as error:
+        cause = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            _write(run_dir, {"code": exit_code(error), "cause": cause})
+        raise
+
+
+def write_end(run_dir: Path, step: int, max_steps: int) -> None:
+    """A run that ended by itself: after all its steps, or before, stopped by a callback."""
+    cause = FINISHED if step >= max_steps else STOPPED_EARLY
+    _write(run_dir, {"code": 0, "cause": cause, "step": step, "max_steps": max_steps})
+
+
+def finished(run_dir: Path, max_steps: int) -> int | None:
+    """The step at which the run ended by itself, if a run of `max_steps` would have nothing to add; else None."""
+    try:
+        end = json.loads((run_dir / _FILE).read_text())
     except (OSError, ValueError):
-        return False
-    return end["code"] == 0 and end["max_steps"] >= max_steps
+        return None
+    if end["code"] != 0:
+        return None
+    enough = end["max_steps"] if end["cause"] == STOPPED_EARLY else end["step"]
+    return end["step"] if enough >= max_steps else None
+
+
+def _interrupted(error: SystemExit) -> bool:
+    """Whether this is what Lightning makes of Ctrl-C outside our steps."""
+    return isinstance(error.__context__, KeyboardInterrupt)
+
+
+def _write(run_dir: Path, end: dict[str, object]) -> None:
+    (run_dir / _FILE).write_text(json.dumps(end) + "\n")

@@ -73,7 +73,8 @@ def choose(
     """One token a row: [B, V] -> [B, 1], as `generate` describes. With temperature 0 the likeliest."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
+    # A diverged model gives noise; NaN in multinomial is an assertion on the device, after which CUDA is unusable.
+    logits = torch.nan_to_num(logits.float() / temperature)
     if top_k is None and top_p is None:
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
     logits, candidates = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]), dim=-1)  # likeliest first

@@ -55,6 +55,12 @@ class Totals:
         self.values = None
         return {name: (total, count) for name, (total, count) in zip(self.names, pairs, strict=True)}
 
+    def peek(self, name: str) -> float:
+        """The running sum of `name` over all processes, which goes on. One host sync."""
+        if self.values is None:
+            return 0.0
+        return all_sum(self.values[self.names.index(name), 0].clone()).item()
+
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint needs so that a resumed run's next log row equals the uninterrupted run's."""
         return {"names": list(self.names), "values": None if self.values is None else self.values.clone()}

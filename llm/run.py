@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,16 @@ import torch
 import yaml
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from llm.checkpoint import CheckpointError, newest
-from llm.checkpoint.store import find
+from llm.agree import agree, agree_with_checkpoint, agree_with_weights, vocab_size
+from llm.checkpoint import find, newest
 from llm.config import ConfigError, check, wandb_offline
 from llm.data import TextData
-from llm.exit import RunExistsError, finished, guarded, write_exit
-from llm.model import TransformerConfig
+from llm.exit import RunExistsError, finished, guarded, recorded, write_end
 from llm.strategy import DirectoryIO
 
 
@@ -55,22 +56,13 @@ def run(cfg: DictConfig) -> Outcome:
     data: TextData = built(cfg.data)
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
     agree(cfg, built(cfg.model), data)
-    run_dir = Path(cfg.run_dir)
-    checkpoint = claim(run_dir, cfg.resume)
-    data.prepare()
-    _set_length(cfg, data)
-    if cfg.stage == "validate":
-        return _validate(cfg, data, checkpoint)
-    if checkpoint is not None and finished(run_dir, cfg.trainer.max_steps):
-        print(f"{run_dir}: finished already at step {cfg.trainer.max_steps}; a larger trainer.max_steps continues it")
-        return Outcome(run_dir, int(cfg.trainer.max_steps), {})
-    return _fit(cfg, data, checkpoint)
+    return _validate(cfg, data) if cfg.stage == "validate" else _fit(cfg, data)
 
 
 def main(cfg: DictConfig) -> None:
     """`run`, for a shell: a mistake of the user's is one line, a bug a traceback, and each has its exit code."""
     speak()
-    with guarded(Path(cfg.run_dir)):
+    with guarded():
         run(cfg)
 
 
@@ -83,58 +75,25 @@ def prepare(cfg: DictConfig) -> None:
     print(yaml.safe_dump(data.report(), sort_keys=False))
 
 
-def agree(cfg: DictConfig, model: TransformerConfig, data: TextData) -> None:
-    """The rules between groups, all of them at once.
+def claim(run_dir: Path, resume: str) -> Path | None:
+    """Make the run directory and say which checkpoint to go on from; None starts at step 0.
 
     Raises:
-        ConfigError: with one line for each rule that does not hold.
+        RunExistsError: if there is a run and `resume` is never.
+        OSError: naming the key, if the directory cannot be made.
     """
-    mistakes = []
-    if vocab_size(data) > (model.vocab_size or 0):
-        mistakes.append(
-            f"model.vocab_size: {model.vocab_size} - the tokenizer has {vocab_size(data)} ids - "
-            f"give at least that, or null to take the tokenizer's"
-        )
-    if data.max_length > model.max_length:
-        mistakes.append(
-            f"data.max_length: {data.max_length} - the model's context is model.max_length={model.max_length} - "
-            f"shorten the first or raise the second"
-        )
-    n_devices, n_nodes = cfg.trainer.devices, cfg.trainer.num_nodes
-    if cfg.strategy._target_.endswith(".Single") and (n_devices, n_nodes) not in ((1, 1), ("auto", 1)):
-        mistakes.append(
-            f"trainer.devices: {n_devices} on {n_nodes} nodes - strategy=single drives one device - "
-            f"set trainer.devices=1 and trainer.num_nodes=1"
-        )
-    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        mistakes.append(
-            f"trainer.accelerator: {cfg.trainer.accelerator} - torch sees no GPU here - set trainer.accelerator=cpu"
-        )
-    try:
-        data.check_world(1)
-    except ValueError as error:
-        mistakes.append(str(error))
-    if cfg.resume == "must" and newest(cfg.run_dir) is None:
-        mistakes.append(
-            f"resume: must - there is no checkpoint in {cfg.run_dir}/checkpoints - give the run's run_name or run_dir"
-        )
-    if cfg.stage == "validate" and cfg.resume == "never" and cfg.init_from is None:
-        mistakes.append("stage: validate - needs weights - set resume to a run or step directory")
-    if mistakes:
-        raise ConfigError(mistakes)
-
-
-def claim(run_dir: Path, resume: str) -> Path | None:
-    """Make the run directory and say which checkpoint to go on from; None starts at step 0."""
     if resume == "never" and run_dir.exists() and any(run_dir.iterdir()):
         raise RunExistsError(
             f"run_dir: {run_dir} exists - resume=never does not write into an existing run - "
             f"give another run_name, or resume=auto to continue it"
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"run_dir: {run_dir} - cannot be made ({error.strerror}) - give another run_dir") from error
     if resume in ("auto", "must", "never"):
         return newest(run_dir)
-    return newest(run_dir) or find(resume)
+    return newest(run_dir) or find(resume)  # requeued, a run goes on where it is, not where it came from
 
 
 def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
@@ -145,11 +104,14 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
     OmegaConf.set_struct(node, False)
     for key in ("max_tokens", "max_epochs"):
         node.pop(key)  # ours, and turned into max_steps
-    callbacks = built(node.pop("callbacks"))
+    callbacks, loggers = built(node.pop("callbacks")), built(node.pop("logger"))
+    if os.environ.get("WANDB_MODE") == "disabled":  # which Lightning's logger takes for offline
+        loggers = [logger for logger in loggers if not isinstance(logger, WandbLogger)]
     trainer = built(
         node,
         max_epochs=-1,
         callbacks=callbacks,
+        logger=loggers,
         # Without these Lightning adds a bar and a checkpoint of its own where a user has taken ours away.
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
@@ -158,22 +120,14 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
 
 
 def built(node: DictConfig, **arguments: Any) -> Any:
-    """What `node` describes, with plain lists and dicts. A constructor's ValueError is the user's mistake: no
-    traceback."""
+    """What `node` describes, with plain lists and dicts. What a constructor refuses is the
+    user's mistake: no traceback."""
     try:
         return instantiate(node, _convert_="all", **arguments)
     except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, ValueError | MisconfigurationException):
             raise ConfigError(str(error.__cause__).splitlines()) from error
         raise
-
-
-def vocab_size(data: TextData) -> int:
-    """How many ids the tokenizer has, or will have at most once it is trained."""
-    try:
-        return data.recipe.vocab_size
-    except ValueError as error:  # a folder that holds no tokenizer
-        raise ConfigError([f"tokenizer.{error}"]) from error
 
 
 def _set_length(cfg: DictConfig, data: TextData) -> None:
@@ -182,40 +136,58 @@ def _set_length(cfg: DictConfig, data: TextData) -> None:
         cfg.trainer.max_steps = data.n_steps(max_tokens=cfg.trainer.max_tokens, max_epochs=cfg.trainer.max_epochs)
 
 
-def _fit(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
-    """Train, from `checkpoint` if there is one."""
+def _fit(cfg: DictConfig, data: TextData) -> Outcome:
+    """Train, on from a checkpoint if there is one. Nothing is written before all that can be refused has been."""
     run_dir = Path(cfg.run_dir)
-    inputs = _write_inputs(cfg, run_dir, data)
+    checkpoint = claim(run_dir, cfg.resume)
+    data.prepare()
+    _set_length(cfg, data)
+    if checkpoint is not None:
+        step = finished(run_dir, cfg.trainer.max_steps)
+        if step is not None:
+            print(f"{run_dir}: finished already, at step {step}; a larger trainer.max_steps continues it")
+            return Outcome(run_dir, step, {})
+        agree_with_checkpoint(cfg, data, checkpoint)
+        print(f"continuing from {checkpoint}")
+    elif cfg.init_from is not None:
+        agree_with_weights(data, cfg.init_from)
     trainer, objective = build(cfg)
     checkpoint_io = trainer.strategy.checkpoint_io
     assert isinstance(checkpoint_io, DirectoryIO), "every strategy of ours saves through our store"
-    checkpoint_io.attachments = inputs
+    checkpoint_io.attachments = _write_inputs(cfg, run_dir, data)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)
-    if checkpoint is not None:
-        print(f"continuing from {checkpoint}")
-    trainer.fit(objective, datamodule=data, ckpt_path=checkpoint)
+    with recorded(run_dir):
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings)
+        _entered(trainer.fit, objective, datamodule=data, ckpt_path=checkpoint)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # the next run of a sweep would go on writing into it
-    write_exit(run_dir, 0, "finished", max_steps=trainer.max_steps)
+    write_end(run_dir, trainer.global_step, trainer.max_steps)
     return Outcome(run_dir, trainer.global_step, _metrics(trainer))
 
 
-def _validate(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> Outcome:
-    """Evaluate the weights of `checkpoint` on the held-out documents; nothing is recorded."""
-    if checkpoint is None:
-        raise CheckpointError(
-            f"{cfg.run_dir}: no checkpoint to validate - give the run's run_name, run_dir or resume=PATH"
-        )
+def _validate(cfg: DictConfig, data: TextData) -> Outcome:
+    """Evaluate a checkpoint on the held-out documents; nothing is recorded."""
+    given = cfg.resume not in ("auto", "must")
+    checkpoint = find(cfg.resume if given else cfg.run_dir)
+    data.prepare()
+    cfg.trainer.max_steps = cfg.trainer.max_steps or 1  # not trained, so of no consequence
     quiet = cfg.copy()
     quiet.callback, quiet.logger = {}, {}
     trainer, objective = build(quiet)
-    trainer.validate(objective, datamodule=data, ckpt_path=checkpoint, verbose=False)
+    _entered(trainer.validate, objective, datamodule=data, ckpt_path=checkpoint, verbose=False)
     outcome = Outcome(Path(cfg.run_dir), trainer.global_step, _metrics(trainer))
     print("\n".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items()))
     return outcome
+
+
+def _entered(entry_point: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """Call a method of the trainer; what Lightning refuses about the configuration is the user's mistake."""
+    try:
+        entry_point(*arguments, **options)
+    except MisconfigurationException as error:
+        raise ConfigError(str(error).splitlines()) from error
 
 
 def _metrics(trainer: L.Trainer) -> dict[str, float]:

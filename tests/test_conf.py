@@ -3,7 +3,6 @@ device."""
 
 from __future__ import annotations
 
-import ast
 import re
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from llm.config import check, register
+from llm.config import ConfigError, check, check_overrides, register
 from llm.model import Transformer
 from llm.run import run
 from llm.tokenizer import Bytes
@@ -96,18 +95,42 @@ def test_tokenizer_choice_trains(choice: str, compose_run: Compose, corpus: Path
     )
 
 
-def test_readme_commands_compose_and_its_python_imports(corpus: Path, compose_run: Compose) -> None:
-    """Every `python train.py …` of README and docs is a command line without mistakes."""
-    from llm.config import check_overrides
+def documents() -> str:
+    return "\n".join(
+        page.read_text() for page in [CONF.parent / "README.md", *sorted((CONF.parent / "docs").glob("*.md"))]
+    )
 
+
+def test_commands_of_the_documents_compose(corpus: Path) -> None:
+    """Every `python train.py …` of README and docs is a command line without mistakes."""
     register()
-    pages = [CONF.parent / "README.md", *sorted((CONF.parent / "docs").glob("*.md"))]
-    text = "\n".join(page.read_text() for page in pages)
-    commands = re.findall(r"^python train\.py ?([^#\n]*)", text, flags=re.MULTILINE)
-    assert len(commands) > 5
+    commands = re.findall(r"^python train\.py ?([^#\n]*)", documents(), flags=re.MULTILINE)
+    assert len(commands) > 10
     for command in commands:
         words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", command)]
         check_overrides([word.replace("my.jsonl", str(corpus)) for word in words], CONF)
-    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        imports = [node for node in ast.parse(block).body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        exec(compile(ast.Module(imports, []), "README", "exec"), {})
+
+
+def test_mistakes_shown_in_the_documents_are_what_is_printed() -> None:
+    register()
+    shown = re.findall(r"^\$ python train\.py ([^\n]*)\n(.*?)```", documents(), flags=re.MULTILINE | re.DOTALL)
+    assert shown
+    for command, printed in shown:
+        with pytest.raises(ConfigError) as refused:
+            check_overrides(command.split(), CONF)
+        assert str(refused.value) == printed.strip()
+
+
+def test_python_of_the_documents_runs(compose_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(compose_run(f"run_dir={tmp_path / 'runs' / 'wider'}"))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", documents(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_pages_that_are_linked_exist() -> None:
+    pages = re.findall(r"\]\(([^)#]+\.md)\)", (CONF.parent / "README.md").read_text())
+    assert pages
+    assert [page for page in pages if not (CONF.parent / page).exists()] == []

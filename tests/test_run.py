@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from llm.callback import PreemptedError
-from llm.checkpoint import CheckpointError, newest
+from llm.checkpoint import CheckpointError, newest, read
 from llm.config import ConfigError
 from llm.data import DataError
-from llm.exit import RunExistsError, exit_code, finished, guarded
+from llm.exit import RunExistsError, exit_code, finished, guarded, recorded, write_end
 from llm.run import claim, run
 from tests.runs import Compose
 
@@ -47,10 +47,11 @@ def test_rules_between_groups_all_at_once(compose_run: Compose, tmp_path: Path) 
                 "trainer.devices=2",
                 "trainer.accelerator=gpu",
                 "resume=must",
+                "trainer.default_root_dir=/elsewhere",
             )
         )
     text = str(refused.value)
-    assert len(refused.value.mistakes) == 6
+    assert len(refused.value.mistakes) == 7
     assert "model.vocab_size: 100 - the tokenizer has 257 ids - give at least that, or null" in text
     assert (
         "data.max_length: 32 - the model's context is model.max_length=16 - shorten the first or raise the second"
@@ -62,6 +63,7 @@ def test_rules_between_groups_all_at_once(compose_run: Compose, tmp_path: Path) 
     )
     assert "trainer.devices: 2 on 1 nodes - strategy=single drives one device" in text
     assert "trainer.accelerator: gpu - torch sees no GPU here - set trainer.accelerator=cpu" in text
+    assert "trainer.default_root_dir: /elsewhere - a run has one place - set run_dir=" in text
     assert "resume: must - there is no checkpoint in" in text
     assert not (tmp_path / "run").exists()
 
@@ -124,7 +126,7 @@ def test_validate_only(compose_run: Compose, tmp_path: Path) -> None:
     again = run(compose_run("stage=validate"))
     assert again.metrics["val/loss"] == pytest.approx(trained.metrics["val/loss"], abs=1e-6)
     assert sorted((tmp_path / "run").rglob("*")) == files
-    with pytest.raises(CheckpointError, match="no checkpoint to validate"):
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
         run(compose_run("stage=validate", f"run_dir={tmp_path / 'none'}"))
 
 
@@ -142,19 +144,98 @@ def test_validate_only(compose_run: Compose, tmp_path: Path) -> None:
     ],
 )
 def test_exit_codes_and_the_cause(
-    tmp_path: Path, error: BaseException, code: int, capfd: pytest.CaptureFixture
+    tmp_path: Path, error: BaseException, code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(error) == code
-    with pytest.raises(SystemExit) as left, guarded(tmp_path):
-        raise error
+    write_end(tmp_path, 5, 5)
+
+    def goes_on_and_fails() -> None:
+        with guarded(), recorded(tmp_path):
+            assert not (tmp_path / "exit.json").exists()  # a run that goes on has no end
+            raise error
+
+    with pytest.raises(SystemExit) as left:
+        goes_on_and_fails()
     assert left.value.code == code
     printed = capfd.readouterr().err
     assert ("Traceback" in printed) == (code == 70)
-    if code in (64, 73):
-        assert not (tmp_path / "exit.json").exists()
-    else:
-        assert json.loads((tmp_path / "exit.json").read_text())["code"] == code
-        assert not finished(tmp_path, 1)
+    assert json.loads((tmp_path / "exit.json").read_text())["code"] == code
+    assert finished(tmp_path, 1) is None
+
+
+def test_ctrl_c_that_lightning_turned_into_an_exit_is_still_one() -> None:
+    @guarded()
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    with pytest.raises(SystemExit) as left:
+        interrupted()
+    assert left.value.code == 130
+
+
+def test_finished_means_nothing_to_add(tmp_path: Path) -> None:
+    assert finished(tmp_path, 1) is None
+    write_end(tmp_path, 6, 6)
+    assert (finished(tmp_path, 6), finished(tmp_path, 7)) == (6, None)
+    write_end(tmp_path, 6, 50)  # early stopping
+    assert (finished(tmp_path, 50), finished(tmp_path, 51)) == (6, None)
+
+
+def everything_below(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "message"),
+    [
+        ("data.seed=1", DataError, r"data\.seed \(was 0, is 1\)"),
+        ("model.dim=64", ConfigError, r"model\.dim: 64 - .*step-00000006 has 32 - restore it, or start another run"),
+        (
+            "optimizer=muon",
+            ConfigError,
+            r"optimizer\._target_: llm\.optimizer\.MuonAdamW - .* has llm\.optimizer\.AdamW",
+        ),
+        ("schedule.warmup_steps=100", ConfigError, r"schedule\.warmup_steps: 100 - must be below trainer\.max_steps=8"),
+    ],
+)
+def test_a_refused_continuation_writes_nothing(
+    compose_run: Compose, tmp_path: Path, override: str, error: type[Exception], message: str
+) -> None:
+    run(compose_run())
+    before = everything_below(tmp_path / "run")
+    with pytest.raises(error, match=message):
+        run(compose_run(override, "trainer.max_steps=8"))
+    assert everything_below(tmp_path / "run") == before
+
+
+def test_a_continued_run_takes_the_optimizer_settings_of_its_configuration(
+    compose_run: Compose, tmp_path: Path
+) -> None:
+    run(compose_run("schedule=constant"))
+    run(compose_run("schedule=constant", "trainer.max_steps=8", "optimizer.lr=1e-5", "optimizer.weight_decay=0"))
+    groups = read(newest(tmp_path / "run"))["optimizer_states"][0]["param_groups"]  # type: ignore[arg-type]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(1e-5, 0), (1e-5, 0)]
+
+
+def test_init_from_with_another_tokenizer_is_refused(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run("tokenizer=bpe", "tokenizer.vocab_size=257"))
+    second = (f"init_from={tmp_path / 'run'}", f"run_dir={tmp_path / 'second'}")
+    with pytest.raises(ConfigError, match=r"its tokenizer is not that of the data - write tokenizer=pretrained"):
+        run(compose_run(*second))
+    run(compose_run(*second, "tokenizer=pretrained", f"tokenizer.path={tmp_path / 'run' / 'tokenizer'}"))
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        run(compose_run("init_from=/nowhere", f"run_dir={tmp_path / 'third'}"))
+
+
+def test_what_lightning_refuses_is_no_traceback(compose_run: Compose) -> None:
+    monitor = "{_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
+    with pytest.raises(ConfigError, match="LearningRateMonitor"):
+        run(compose_run(f"+callback.rate={monitor}"))
+    with pytest.raises(ConfigError, match="profiler"):
+        run(compose_run("+trainer.profiler=bogus"))
 
 
 @pytest.mark.timeout(240)
@@ -166,10 +247,11 @@ def test_the_command_line(corpus: Path, cache_dir: Path, tmp_path: Path) -> None
     assert "Everything lies in" in done.stdout
     assert "this model" in done.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
-    assert json.loads((tmp_path / "runs/a/exit.json").read_text()) == {"code": 0, "cause": "finished", "max_steps": 2}
+    end = {"code": 0, "cause": "finished", "step": 2, "max_steps": 2}
+    assert json.loads((tmp_path / "runs/a/exit.json").read_text()) == end
 
     again = train(*places, cwd=tmp_path)
-    assert (again.returncode, "finished already at step 2" in again.stdout) == (0, True)
+    assert (again.returncode, "finished already, at step 2" in again.stdout) == (0, True)
     never = train(*places, "resume=never", cwd=tmp_path)
     assert (never.returncode, never.stdout) == (73, "")
     assert never.stderr.count("\n") == 1
@@ -179,7 +261,7 @@ def test_the_command_line(corpus: Path, cache_dir: Path, tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     unwritable = train(*places, f"run_dir={tmp_path / 'file' / 'run'}", cwd=tmp_path)
     assert (unwritable.returncode, unwritable.stderr.count("\n")) == (74, 1)
-    assert str(tmp_path / "file") in unwritable.stderr
+    assert "cannot be made (Not a directory) - give another run_dir" in unwritable.stderr
 
     text = subprocess.run(
         [
@@ -203,22 +285,30 @@ def test_the_command_line(corpus: Path, cache_dir: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.timeout(240)
-def test_ctrl_c_saves_and_the_same_command_goes_on(corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
+    corpus: Path, cache_dir: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """As a terminal or a cluster sends it: loader workers get it too."""
     places = (*SMOKE, "data=files", f"data.path={corpus}", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path}/run")
-    long = (*places, "trainer.max_steps=100000", "trainer.val_check_interval=100000")
+    settings = (*places, "data.num_workers=1", "trainer.val_check_interval=100000")
     process = subprocess.Popen(
-        [sys.executable, "-u", str(ROOT / "train.py"), *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-u", str(ROOT / "train.py"), *settings, "trainer.max_steps=100000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("step 3/"))  # training is under way
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "SIGINT: saved" in err
+    assert process.returncode == code, err
+    assert f"{number.name}: saved" in err
     step = int(newest(tmp_path / "run").name.removeprefix("step-"))  # type: ignore[union-attr]
     assert step >= 3
-    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 130
-    done = train(*places, f"trainer.max_steps={step + 2}")
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == code
+    done = train(*settings, f"trainer.max_steps={step + 2}")
     assert done.returncode == 0, done.stderr
     assert f"continuing from {tmp_path}/run/checkpoints/step-{step:08d}" in done.stdout
 

@@ -3,21 +3,49 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
+from annotated_types import Ge, Gt
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from llm.checkpoint import step_name
+from llm.checkpoint import step_name, steps
 from llm.checkpoint.rng import rng_state, set_rng_state
 
 
 class Checkpoint(ModelCheckpoint):
-    """All options are ModelCheckpoint's; the generators are saved too, and the last step of a run always is."""
+    """ModelCheckpoint over `RUN/checkpoints/step-…`, with the generators; the last step of a run is always saved.
 
-    FILE_EXTENSION = ""  # a checkpoint is a directory, step-00001000
+    Args:
+        every_n_train_steps: optimizer steps between checkpoints.
+        save_top_k: how many to keep, -1 for all; the newest is kept in any case, as the run continues from it.
+        monitor: what to keep the best of: "step", which keeps the newest, or a metric such as val/loss.
+        mode: whether the best is the largest ("max") or the smallest ("min").
+    """
 
-    _rng: dict[str, Any] | None = None
+    FILE_EXTENSION = ""  # a checkpoint is a directory
+
+    def __init__(
+        self,
+        every_n_train_steps: Annotated[int, Gt(0)],
+        save_top_k: Annotated[int, Ge(-1)] = 1,
+        monitor: str = "step",
+        mode: Literal["min", "max"] = "max",
+    ) -> None:
+        super().__init__(
+            filename="step-{step:08d}",
+            auto_insert_metric_name=False,
+            every_n_train_steps=every_n_train_steps,
+            save_top_k=save_top_k,
+            monitor=monitor,
+            mode=mode,
+        )
+        self._rng: dict[str, Any] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Where a run looks for its checkpoints; Lightning would take the first logger's folder."""
+        self.dirpath = str(_folder(trainer))
+        super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """The generators' states, without which dropout would differ after a restart."""
@@ -34,15 +62,39 @@ class Checkpoint(ModelCheckpoint):
             set_rng_state(self._rng)
             self._rng = None
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step, if the interval did not."""
-        super().on_train_end(trainer, pl_module)
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save on every N-th step, then drop what that has made superfluous."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if trainer.global_step % self._every_n_train_steps == 0:
+            self._prune(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The end of the run: save before the callbacks that sum it up, any of which may fail."""
+        super().on_train_epoch_end(trainer, pl_module)
         save_step(trainer)
+        self._prune(trainer)
+
+    def _prune(self, trainer: L.Trainer) -> None:
+        """Remove the checkpoints of interruptions, which ModelCheckpoint does not know, when there is a newer one."""
+        if self.save_top_k == -1 or not trainer.is_global_zero:
+            return
+        found = steps(trainer.default_root_dir)
+        newest = found[-max(1, self.save_top_k) :] if self.monitor == "step" else found[-1:]
+        best = set() if self.monitor == "step" else {Path(path) for path in self.best_k_models}
+        for path in found:
+            if path not in newest and path not in best:
+                trainer.strategy.remove_checkpoint(path)
 
 
 def save_step(trainer: L.Trainer) -> Path:
     """Save the step the run is at, unless that is done already, and say where."""
-    path = Path(trainer.default_root_dir) / "checkpoints" / step_name(trainer.global_step)
+    path = _folder(trainer) / step_name(trainer.global_step)
     if not path.exists():
         trainer.save_checkpoint(path)
     return path
+
+
+def _folder(trainer: L.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
+from annotated_types import Gt
 from lightning.pytorch.callbacks import Callback
 
 from llm.callback.record import Record
@@ -25,7 +26,7 @@ class Metrics(Callback):
         every_n_steps: the one flush interval. Between flushes there is no host sync.
     """
 
-    def __init__(self, every_n_steps: int = 20) -> None:
+    def __init__(self, every_n_steps: Annotated[int, Gt(0)] = 10) -> None:
         self.every_n_steps = every_n_steps
         self.tokens = 0  # read by the run so far
         self.train_s = 0.0  # spent in training steps, without validation, sampling and start-up
@@ -66,9 +67,11 @@ class Metrics(Callback):
         """Write a row of everything since the one before."""
         assert isinstance(pl_module, Objective)
         totals = pl_module.train_totals.reduce()  # the host waits for the device here, so the clock is honest
-        self._pause()
         if not totals:
             return
+        if self._clock is not None:
+            self._pause()
+            self._clock = time.perf_counter()  # at once: fetching the next batch belongs to the next interval
         n_tokens, _ = totals.pop("n_tokens")
         norm, n_steps = totals.pop("grad_norm")
         self.tokens += int(n_tokens)
@@ -80,13 +83,14 @@ class Metrics(Callback):
             **self._speed(trainer, pl_module, n_tokens),
         }
         self._interval_s = 0.0
-        self._write(trainer, self.row)
+        self._write(trainer, self.tokens, self.row)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A row of the validation metrics."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         if values and not trainer.sanity_checking:
-            self._write(trainer, values)
+            assert isinstance(pl_module, Objective)
+            self._write(trainer, self.tokens + int(pl_module.train_totals.peek("n_tokens")), values)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on counting."""
@@ -115,13 +119,13 @@ class Metrics(Callback):
         mfu = model_flops_utilisation(tokens_per_s / trainer.world_size, flops, peak)
         return {"speed/tokens_per_s": tokens_per_s, "speed/mfu": mfu}
 
-    def _write(self, trainer: L.Trainer, values: dict[str, float]) -> None:
+    def _write(self, trainer: L.Trainer, tokens: int, values: dict[str, float]) -> None:
         if not trainer.is_global_zero:
             return
-        row = {"step": trainer.global_step, "tokens": self.tokens, **values}
+        row: dict[str, float | None] = {"step": trainer.global_step, "tokens": tokens, **values}
         Record.of(trainer).append(row)
         for logger in trainer.loggers:
-            logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step=trainer.global_step)
+            logger.log_metrics({"tokens": tokens, **values}, step=trainer.global_step)
 
 
 def metrics_of(trainer: L.Trainer) -> Metrics | None:

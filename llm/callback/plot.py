@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Rows = Sequence[Mapping[str, float]]
+Rows = Sequence[Mapping[str, float | None]]
 _TRAIN, _VALIDATION, _QUIET = "#9db4d0", "#c2410c", "#6b7280"
 
 
@@ -102,5 +102,6 @@ def _draw_bits(axis: Any, rows: Rows, baselines: Mapping[str, float]) -> None:
 
 def _series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     """Tokens and values of the rows that have `key`."""
-    found = [(row["tokens"], row[key]) for row in rows if key in row]
-    return [tokens for tokens, _ in found], [value for _, value in found]
+    found = [(row["tokens"], row.get(key)) for row in rows]
+    pairs = [(tokens, value) for tokens, value in found if tokens is not None and value is not None]
+    return [tokens for tokens, _ in pairs], [value for _, value in pairs]

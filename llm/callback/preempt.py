@@ -41,7 +41,14 @@ class Preempt(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and leave, at the one place where a run can be continued exactly."""
+        """Save and leave, between two steps, where a run can be continued exactly."""
+        self._leave_if_told(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Validation lies between two steps too, and may be long; it is made up for when the run continues."""
+        self._leave_if_told(trainer)
+
+    def _leave_if_told(self, trainer: L.Trainer) -> None:
         if self._received is not None:
             path = save_step(trainer)
             raise PreemptedError(

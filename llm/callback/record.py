@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from pathlib import Path
 
 import lightning as L
 
-Row = dict[str, float]
+Row = dict[str, float | None]
 
 
 class Record:
@@ -27,7 +28,7 @@ class Record:
         """Add one row; a reader sees it whole."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(_line(row))
 
     def rows(self) -> list[Row]:
         """All rows so far; a last line that a crash cut short is left out."""
@@ -38,7 +39,7 @@ class Record:
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`: a resumed run writes them again."""
-        self._keep([row for row in self.rows() if row["step"] <= step])
+        self._keep([row for row in self.rows() if (row["step"] or 0) <= step])
 
     def forget_validation(self, step: int) -> None:
         """Forget what was measured at `step`: it is about to be measured again."""
@@ -47,7 +48,7 @@ class Record:
     def _keep(self, rows: list[Row]) -> None:
         if self.path.exists():
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            temporary.write_text("".join(map(_line, rows)))
             os.replace(temporary, self.path)
 
     def export_csv(self) -> None:
@@ -58,3 +59,9 @@ class Record:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(rows)
+
+
+def _line(row: Row) -> str:
+    """A row as JSON, which has no NaN and no infinity: those are null."""
+    finite = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite) + "\n"

@@ -82,7 +82,8 @@ class Sample(Callback):
         generator = torch.Generator(objective.device).manual_seed(self.seed + trainer.global_step)
         texts = []
         for prompt in self.prompts:
-            ids = [tokenizer.eot_id, *(int(token) for token in tokenizer.encode(prompt))]
+            ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+            ids = ids[-(objective.network.config.max_length - 1) :]  # room for one token at least
             with trainer.precision_plugin.forward_context():
                 tokens = generate(
                     objective.network,

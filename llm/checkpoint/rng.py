@@ -16,7 +16,7 @@ def rng_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(np.asarray(words).astype(np.int64)), position, has_gauss, gauss),
         "torch": torch.get_rng_state(),
-        "accelerator": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "accelerator": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -26,8 +26,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     kind, words, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, words.numpy().astype(np.uint32), position, has_gauss, gauss))
     torch.set_rng_state(state["torch"])
-    if state["accelerator"]:
-        torch.cuda.set_rng_state_all(state["accelerator"])
+    if state["accelerator"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["accelerator"])
 
 
 def _tuples(value: Any) -> Any:

@@ -30,10 +30,15 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def newest(run_dir: str | Path) -> Path | None:
-    """The checkpoint of the highest step under `run_dir`, by name and not by a clock; None where there is none."""
+def steps(run_dir: str | Path) -> list[Path]:
+    """The checkpoints under `run_dir` by rising step: by name and not by a clock."""
     found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if _STEP.fullmatch(path.name)]
-    return max(found, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest(run_dir: str | Path) -> Path | None:
+    """The checkpoint of the highest step under `run_dir`; None where there is none."""
+    return next(reversed(steps(run_dir)), None)
 
 
 def find(path: str | Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Interval
 
 Steps = Annotated[int, Gt(0)]
 
@@ -15,13 +15,12 @@ TRAINER: dict[str, Any] = {
     "max_tokens": Annotated[int | float, Gt(0)] | None,
     "max_epochs": Steps | None,
     "precision": Literal["32-true", "bf16-mixed", "bf16-true"],
-    "accelerator": Literal["auto", "cpu", "gpu", "cuda", "mps"],
+    "accelerator": Literal["auto", "cpu", "gpu", "cuda"],
     "devices": Steps | Literal["auto", -1] | list[int],
     "num_nodes": Steps,
     "val_check_interval": Steps | None,
-    "limit_train_batches": Steps | None,
-    "limit_val_batches": Annotated[int | float, Ge(0)] | None,
-    "limit_test_batches": Annotated[int | float, Ge(0)] | None,
+    # A whole number of batches, or a share of them.
+    "limit_val_batches": Annotated[int, Ge(0)] | Annotated[float, Interval(ge=0, le=1)] | None,
     "num_sanity_val_steps": Annotated[int, Ge(-1)] | None,
 }
 LENGTHS = ("max_steps", "max_tokens", "max_epochs")
@@ -54,6 +53,14 @@ HABITS: dict[str, Habit] = {
     "ckpt_path": Habit("a run finds its own checkpoint", _RESUME, ()),
     "resume_from": Habit("a run finds its own checkpoint", _RESUME, ()),
     "resume_from_checkpoint": Habit("a run finds its own checkpoint", _RESUME, ()),
+    "limit_train_batches": Habit("a run is as long as it says", "write trainer.max_steps=…", (None, 1.0)),
+    "limit_test_batches": Habit(
+        "there is no test stage", "stage=validate and trainer.limit_val_batches=…", (None, 1.0)
+    ),
+    "max_time": Habit(
+        "a run that ends by the clock is not finished",
+        "send it SIGTERM when its time is up: it saves, and continues later",
+    ),
     "barebones": Habit("removes what a run is recorded by", "write callback=none logger=none", (None, False)),
     "fast_dev_run": Habit(
         "silences loggers and checkpoints, so it tries out another run than yours",
@@ -65,6 +72,8 @@ HABITS: dict[str, Habit] = {
         "write trainer.max_steps=… with a small data set",
         (None, 0),
     ),
+    "enable_checkpointing": Habit("checkpoints are a callback", "write ~callback.checkpoint to have none", (None,)),
+    "enable_progress_bar": Habit("the bar is a callback", "write ~callback.progress to have none", (None,)),
     "reload_dataloaders_every_n_epochs": Habit(
         "one loader serves the whole run", "leave it out; the order of the data differs from epoch to epoch", (None, 0)
     ),
@@ -138,6 +147,10 @@ ELSEWHERE = {
     "bf16": "trainer.precision",
     "dtype": "trainer.precision",
     "output_dir": "run_dir",
+    "gradient_accumulation_steps": "data.micro_batch_size",
+    "logging_steps": "callback.metrics.every_n_steps",
+    "save_total_limit": "callback.checkpoint.save_top_k",
+    "fp16": "trainer.precision",
     "save_steps": "callback.checkpoint.every_n_train_steps",
     "eval_steps": "trainer.val_check_interval",
     "eval_interval": "trainer.val_check_interval",

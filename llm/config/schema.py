@@ -51,7 +51,7 @@ NODES = ("model", "tokenizer", "data", "objective", "optimizer", "schedule", "st
 NODE_DICTS = ("callback", "logger")
 SCALARS: dict[str, Any] = {
     "seed": Annotated[int, Ge(0), Lt(2**32)],  # NumPy takes no more than 32 bits
-    "stage": Literal["fit", "validate", "test"],
+    "stage": Literal["fit", "validate"],
     "run_name": Annotated[str, MinLen(1)],
     "run_dir": Annotated[str, MinLen(1)],
     "resume": Annotated[str, MinLen(1)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -241,6 +242,7 @@ class TextData(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_run,
             generator=torch.Generator(),  # a loader draws a seed when it starts: not from the run's own generator
         )
 
@@ -253,6 +255,12 @@ class TextData(LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the batch after the last one that was consumed; evaluating, there is none to go on with."""
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            self.check_resume(state_dict)
+            self.next_batch = state_dict["next_batch"]
+
+    def check_resume(self, state_dict: dict[str, Any]) -> None:
         """Raises DataError when batch N would not hold the same tokens as before."""
         if state_dict["fingerprint"] != self.fingerprint:
             before, now = state_dict["settings"], self.settings
@@ -265,7 +273,6 @@ class TextData(LightningDataModule):
                 f"cannot resume on other data than the checkpoint's: changed {', '.join(changed) or 'format'}; "
                 "restore it, or start a new run with init_from="
             )
-        self.next_batch = state_dict["next_batch"]
 
 
 class TrainSteps(Dataset[Step]):
@@ -344,6 +351,12 @@ def _text_report(rows: Rows) -> dict[str, Any]:
 def _rows_report(rows: Rows) -> dict[str, Any]:
     kept = {name: rows.rows_cache.meta[name] for name in ("documents", "inputs", "rows", "cut")}
     return kept | {"fill": round(rows.rows_cache.meta["fill"], 6)}
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """A cluster signals the whole process group: a worker that dies of it takes an unsaved run along."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _too_few(name: str, n_documents: int, val_every: int) -> str:

@@ -154,7 +154,11 @@ class Hub(Source):
             raise DataError(f"{where}: {type(error).__name__}: {reason}") from error
 
     def fingerprint(self) -> str:
-        return digest("hub", self.name, self.config, self.split, self.column, self.revision, self.n_documents)
+        local = (
+            sorted(path for path in Path(self.name).rglob("*") if path.is_file()) if Path(self.name).is_dir() else []
+        )
+        files = [(path.as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in local]
+        return digest("hub", self.name, self.config, self.split, self.column, self.revision, self.n_documents, files)
 
     def validation(self) -> Source | None:
         return None if self.val_split is None else replace(self, split=self.val_split, val_split=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 # Dense bf16 peak in FLOP/s, from the vendors' data sheets (the larger figures printed there assume sparsity).
 # Longest name first where one contains another.
 _PEAKS = {
@@ -25,7 +27,7 @@ _PEAKS = {
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of the device torch calls `device_name`, in FLOP/s; None where it is not known."""
-    return next((peak for name, peak in _PEAKS.items() if name in device_name), None)
+    return next((peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def model_flops_utilisation(tokens_per_s: float, flops_per_token: float, peak: float) -> float:
@@ -33,7 +35,7 @@ def model_flops_utilisation(tokens_per_s: float, flops_per_token: float, peak: f
 
     Args:
         tokens_per_s: on one device.
-        flops_per_token: forward and backward, 6N + 12 L H Q T (`Transformer.flops_per_token`).
+        flops_per_token: forward and backward, 6N + 12 L H K T (`Transformer.flops_per_token`).
         peak: FLOP/s of one device.
     """
     return tokens_per_s * flops_per_token / peak

@@ -44,6 +44,12 @@ class Attention(nn.Module):
         query, key, value = (heads.to(value.dtype).transpose(1, 2) for heads in (query, key, value))
         if cache is not None:
             key, value = cache.append(key, value)
+        grouped = query.shape[1] != key.shape[1]
+        if grouped and mask.visible is not None:
+            # On CUDA no fused kernel takes grouped heads with a mask: it would fall to the one that keeps all scores.
+            n_queries = query.shape[1] // key.shape[1]
+            key, value = (heads.repeat_interleave(n_queries, dim=1) for heads in (key, value))
+            grouped = False
         context = F.scaled_dot_product_attention(
             query,
             key,
@@ -51,6 +57,6 @@ class Attention(nn.Module):
             attn_mask=mask.visible,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask.causal,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=grouped,
         )
         return self.out(context.transpose(1, 2).flatten(-2))

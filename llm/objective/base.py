@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -105,6 +106,9 @@ class Objective(L.LightningModule):
         optimizer = self.optimizer_recipe.build(self.network)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+        self.settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
         return optimizer
 
     @property
@@ -118,13 +122,18 @@ class Objective(L.LightningModule):
         if self.init_from is not None:
             load_into(self.network, self.init_from)
 
+    def on_train_start(self) -> None:
+        """A checkpoint brings back the optimizer's state; its settings are those of this run's configuration."""
+        for group, settings in zip(self._optimizer().param_groups, self.settings, strict=True):
+            group.update(settings)
+
     # The step
 
     def training_step(self, batch: Step, batch_index: int) -> None:
         """Forward and backward over every micro-batch, then clip, step and zero: no host sync on the way."""
-        optimizer = self.optimizers(use_pl_optimizer=True)
-        assert not isinstance(optimizer, list)
-        self.set_learning_rate(optimizer.optimizer)
+        assert batch.index == self.n_batches, f"batch {batch.index} came where {self.n_batches} was due"
+        optimizer = self._optimizer()
+        self.set_learning_rate(optimizer)
         share = self.global_share(batch.micro_batches)
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         for number, micro_batch in enumerate(batch.micro_batches, 1):
@@ -144,7 +153,13 @@ class Objective(L.LightningModule):
         one = torch.ones_like(norm)
         self.train_totals.add({**sums, "n_tokens": (n_tokens, one), "grad_norm": (norm, one)})
 
-    def set_learning_rate(self, optimizer: Optimizer) -> None:
+    def _optimizer(self) -> LightningOptimizer:
+        """Wrapped: its `step` is what the trainer counts."""
+        optimizer = self.optimizers(use_pl_optimizer=True)
+        assert isinstance(optimizer, LightningOptimizer)
+        return optimizer
+
+    def set_learning_rate(self, optimizer: LightningOptimizer) -> None:
         """A pure function of the batch number, so that nothing about it has to be saved."""
         factor = self.schedule(self.n_batches)
         for group in optimizer.param_groups:

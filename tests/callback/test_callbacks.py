@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llm.callback import PreemptedError
 from llm.callback.plot import plot_run
 from llm.callback.record import Record
 from llm.checkpoint import newest, read
@@ -118,6 +119,59 @@ def test_nothing_is_saved_where_the_checkpoint_was_taken_away(compose_run: Compo
 def test_only_the_newest_checkpoint_stays(compose_run: Compose, tmp_path: Path) -> None:
     run(compose_run("callback.checkpoint.every_n_train_steps=2"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_the_last_steps_are_kept_and_those_of_interruptions_go(compose_run: Compose, tmp_path: Path) -> None:
+    keep = ("callback.checkpoint.every_n_train_steps=2", "callback.checkpoint.save_top_k=2", "trainer.max_steps=9")
+    signalled = "+callback.signal={_target_: tests.test_resume.Signal, step: 3}"
+    with pytest.raises(PreemptedError):
+        run(compose_run(*keep, signalled, "packages=[tests]"))
+    names = lambda: sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())  # noqa: E731
+    assert names() == ["step-00000002", "step-00000003"]
+    run(compose_run(*keep))
+    assert names() == ["step-00000008", "step-00000009"]
+
+
+def test_the_best_is_kept_beside_the_newest(compose_run: Compose, tmp_path: Path) -> None:
+    """With a rate of nothing no later validation is better than the first."""
+    monitor = ("callback.checkpoint.monitor=val/loss", "callback.checkpoint.mode=min")
+    still = ("optimizer.lr=1e-30", "callback.checkpoint.every_n_train_steps=3", "trainer.max_steps=12")
+    run(compose_run(*monitor, *still))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000012"]
+
+
+def test_the_last_step_is_saved_before_the_run_is_summed_up(
+    compose_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("llm.callback.summary.plot_run", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(compose_run())
+    assert newest(tmp_path / "run").name == "step-00000006"  # type: ignore[union-attr]
+
+
+def test_a_diverged_run_goes_on_recording(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run("optimizer.lr=1e30", "optimizer.clip_norm=null", "schedule=constant"))
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert rows[-1]["val/loss"] is None
+
+
+def test_prompts_longer_than_the_context_are_cut(compose_run: Compose, tmp_path: Path) -> None:
+    run(compose_run(f"callback.sample.prompts=[{'x' * 100}]"))
+    assert "==== step 6, sample 1 ====\n" + "x" * 30 in (tmp_path / "run" / "samples.txt").read_text()
+
+
+def test_tokens_of_a_validation_row_are_those_read_by_then(compose_run: Compose, tmp_path: Path) -> None:
+    for every in (1, 4):
+        run(compose_run(f"callback.metrics.every_n_steps={every}", f"run_dir={tmp_path / str(every)}"))
+    fine, coarse = (
+        {row["step"]: row["tokens"] for row in Record(tmp_path / str(every)).rows() if "val/loss" in row}
+        for every in (1, 4)
+    )
+    assert fine == coarse
 
 
 def test_record_survives_a_line_cut_short(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ STEPS = {"_target_": "toyhouse.Linear"}
         {"devices": "auto"},
         {"devices": [0, 1], "accelerator": "cpu", "num_nodes": 2},
         {"accumulate_grad_batches": 1, "gradient_clip_val": None, "barebones": False, "overfit_batches": 0.0},
-        {"deterministic": "warn", "max_time": {"hours": 1}, "profiler": "simple", "limit_val_batches": 0.5},
+        {"deterministic": "warn", "profiler": "simple", "limit_val_batches": 0.5},
     ],
 )
 def test_right_trainer_passes(mistakes: Found, trainer: dict[str, Any]) -> None:
@@ -164,3 +164,21 @@ def test_a_light_mistake_is_answered_without_the_heavy_rooms() -> None:
 
     assert found(["model.dim=0", "trainer.max_steps=3"]) == 1
     assert found(["model.dim=0", "data.namee=1"]) == found(["trainer.detect_anomaly=1"]) == found(None) == 2
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"max_time": {"hours": 1}}, "a run that ends by the clock is not finished - send it SIGTERM"),
+        (
+            {"limit_train_batches": 3},
+            "trainer.limit_train_batches: 3 - a run is as long as it says - write trainer.max_steps=…",
+        ),
+        ({"enable_progress_bar": False}, "the bar is a callback - write ~callback.progress"),
+        ({"enable_checkpointing": True}, "checkpoints are a callback - write ~callback.checkpoint"),
+        ({"limit_val_batches": 2.5}, "trainer.limit_val_batches: 2.5 - must be"),
+    ],
+)
+def test_what_would_make_another_run_is_answered(mistakes: Found, trainer: dict[str, Any], message: str) -> None:
+    (line,) = mistakes({"trainer": {**RIGHT, **trainer}})
+    assert message in line

@@ -47,6 +47,8 @@ def test_peaks_are_dense_and_by_device_name() -> None:
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA L40S") == 362e12
     assert peak_flops("NVIDIA L4") == 121e12
+    assert peak_flops("NVIDIA L40") is None  # not the L4
+    assert peak_flops("NVIDIA RTX A4000") is None  # not the A40
     assert peak_flops("some CPU") is None
 
 
