@@ -107,6 +107,9 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
     callbacks, loggers = built(node.pop("callbacks")), built(node.pop("logger"))
     if os.environ.get("WANDB_MODE") == "disabled":  # which Lightning's logger takes for offline
         loggers = [logger for logger in loggers if not isinstance(logger, WandbLogger)]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger._wandb_init.pop("anonymous", None)  # Lightning's default, which wandb warns about in every run
     trainer = built(
         node,
         max_epochs=-1,

@@ -189,3 +189,12 @@ def test_record_survives_a_line_cut_short(tmp_path: Path) -> None:
 def test_plot_of_a_run_without_rows(tmp_path: Path) -> None:
     plot_run([], {}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_wandb_mode_disabled_leaves_no_wandb_run(
+    compose_run: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run(compose_run("logger=default", "trainer.max_steps=3"))
+    assert not (tmp_path / "run" / "wandb").exists()
+    assert (tmp_path / "run" / "tensorboard").exists()
