@@ -60,28 +60,21 @@ def generate(arguments: Sequence[str]) -> None:
 
     from llm.checkpoint import load
     from llm.config import ConfigError
-    from llm.generate import generate as continue_tokens
+    from llm.generate import continue_text
 
     model, tokenizer = load(options.run)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    device = model.embed.weight.device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(options.seed)
+    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     for prompt in options.prompt or [""]:
-        ids = [tokenizer.eot_id, *(int(token) for token in tokenizer.encode(prompt))]
         try:
-            tokens = continue_tokens(
-                model,
-                torch.tensor([ids], device=device),
-                options.max_new_tokens,
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                eos_id=tokenizer.eot_id,
-                generator=generator,
+            print(
+                continue_text(
+                    model.to(device), tokenizer, prompt, options.max_new_tokens, generator=generator, **settings
+                )
             )
         except ValueError as error:
             raise ConfigError([str(error)]) from error
-        print(tokenizer.decode(tokens[0, 1:].tolist()))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "generate": generate}

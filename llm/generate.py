@@ -12,6 +12,7 @@ from torch import Tensor
 
 from llm.model.cache import Cache
 from llm.model.transformer import Transformer
+from llm.tokenizer import Tokenizer
 
 
 def generate(
@@ -61,6 +62,36 @@ def generate(
             if documents is not None and positions is not None:
                 documents, positions = torch.ones_like(new), positions[:, -1:] + 1
     return tokens
+
+
+def continue_text(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> str:
+    """A document that begins with `prompt`, up to its end or `max_new_tokens` further on; settings as in `generate`.
+
+    Of a prompt that fills the context only the end is read, and given back.
+    """
+    ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    read = ids[-(model.config.max_length - 1) :]
+    tokens = generate(
+        model,
+        torch.tensor([read], device=model.embed.weight.device),  # [1, T]
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_id=tokenizer.eot_id,
+        generator=generator,
+    )
+    return tokenizer.decode(tokens[0].tolist(), skip_special=True)
 
 
 def choose(

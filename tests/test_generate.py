@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.generate import choose, generate
+from llm.generate import choose, continue_text, generate
 from llm.model import Transformer, TransformerConfig
+from llm.tokenizer import Bytes
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -220,3 +221,14 @@ def test_refuses_a_generator_elsewhere(prompts):
     message = "generator is on cpu, tokens on meta; take torch.Generator(device='meta')"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         generate(model.to("meta"), prompts.to("meta"), 5, generator=torch.Generator())
+
+
+def test_continue_text_is_the_prompt_and_what_generate_adds() -> None:
+    tokenizer = Bytes().build([])
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(dim=16, n_layers=1, n_heads=2, vocab_size=257, max_length=24))
+    text = continue_text(model, tokenizer, "abc", 5, temperature=0)
+    prompt = torch.tensor([[tokenizer.eot_id, *tokenizer.encode("abc")]])
+    assert text == tokenizer.decode(generate(model, prompt, 5, temperature=0)[0, 1:].tolist())
+    assert text.startswith("abc")
+    assert continue_text(model, tokenizer, "x" * 100, 5, temperature=0).startswith("x" * 23)

@@ -11,7 +11,7 @@ from annotated_types import Ge, Gt, Interval
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from llm.generate import generate
+from llm.generate import continue_text
 from llm.objective import Objective
 
 
@@ -80,23 +80,20 @@ class Sample(Callback):
     def _continue_prompts(self, trainer: L.Trainer, objective: Objective) -> list[str]:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         generator = torch.Generator(objective.device).manual_seed(self.seed + trainer.global_step)
-        texts = []
-        for prompt in self.prompts:
-            ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
-            ids = ids[-(objective.network.config.max_length - 1) :]  # room for one token at least
-            with trainer.precision_plugin.forward_context():
-                tokens = generate(
+        with trainer.precision_plugin.forward_context():
+            return [
+                continue_text(
                     objective.network,
-                    torch.tensor([ids], device=objective.device),  # [1, T]
+                    tokenizer,
+                    prompt,
                     self.max_new_tokens,
                     temperature=self.temperature,
                     top_k=self.top_k,
                     top_p=self.top_p,
-                    eos_id=tokenizer.eot_id,
                     generator=generator,
                 )
-            texts.append(tokenizer.decode(tokens[0, 1:].tolist()))
-        return texts
+                for prompt in self.prompts
+            ]
 
 
 def _file(trainer: L.Trainer) -> Path:
