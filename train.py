@@ -1,5 +1,6 @@
 """Train a language model: `python train.py [group=choice] [key=value] …`; see README.md."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # Threads that wait for each other by spinning starve each other as soon as another program wants a core: on two
+    # cores of a busy machine the main job ran at 800 to 2,300 tokens/s with spinning and at 3,300 to 5,800 without.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     register()
     try:
         check_overrides(sys.argv[1:], Path(__file__).parent / "conf")

@@ -130,7 +130,7 @@ class _Search:
             value = self.value_of(node, name, key, nodes=False, report=name in _TRAINER_KEYS)
             if name in habit.HABITS and value not in habit.HABITS[name].neutral:
                 self.add(key, shown(value), habit.HABITS[name].rule, habit.HABITS[name].remedy)
-            elif name in habit.NODE_HABITS and isinstance(value, (str, bool)):
+            elif name in habit.NODE_HABITS and (isinstance(value, (str, bool)) or _is_written_empty(node, name)):
                 self.add(key, shown(value), "is a group of its own here", habit.NODE_HABITS[name])
             elif name == "precision" and str(value) in habit.PRECISION:
                 reason = habit.PRECISION[str(value)]
@@ -337,6 +337,11 @@ def _raw(node: DictConfig, name: Any) -> str:
     """A value as it is written: `${trainer.max_steps}`."""
     written: Any = OmegaConf.to_container(node)
     return str(written[name]) if OmegaConf.is_interpolation(node, name) else shown(written[name])
+
+
+def _is_written_empty(node: DictConfig, name: str) -> bool:
+    """Whether a list was emptied here, instead of following the group that it refers to."""
+    return not OmegaConf.is_interpolation(node, name) and node[name] == []
 
 
 def _is_default(value: Any, parameter: Parameter) -> bool:

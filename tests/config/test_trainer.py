@@ -174,6 +174,10 @@ def test_a_light_mistake_is_answered_without_the_heavy_rooms() -> None:
             {"limit_train_batches": 3},
             "trainer.limit_train_batches: 3 - a run is as long as it says - write trainer.max_steps=…",
         ),
+        (
+            {"callbacks": []},
+            "trainer.callbacks: [] - is a group of its own here - the callbacks are the nodes of callback",
+        ),
         ({"enable_progress_bar": False}, "the bar is a callback - write ~callback.progress"),
         ({"enable_checkpointing": True}, "checkpoints are a callback - write ~callback.checkpoint"),
         ({"limit_val_batches": 2.5}, "trainer.limit_val_batches: 2.5 - must be"),
