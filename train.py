@@ -25,6 +25,8 @@ if __name__ == "__main__":
     register()
     try:
         check_overrides(sys.argv[1:], Path(__file__).parent / "conf")
+        main()
     except ConfigError as error:
         refuse(error)
-    main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # before there was anything to save

@@ -143,6 +143,7 @@ def _fit(cfg: DictConfig, data: TextData) -> Outcome:
     """Train, on from a checkpoint if there is one. Nothing is written before all that can be refused has been."""
     run_dir = Path(cfg.run_dir)
     checkpoint = claim(run_dir, cfg.resume)
+    print(f"{run_dir}: preparing the data", flush=True)
     data.prepare()
     _set_length(cfg, data)
     if checkpoint is not None:
@@ -159,6 +160,11 @@ def _fit(cfg: DictConfig, data: TextData) -> Outcome:
     assert isinstance(checkpoint_io, DirectoryIO), "every strategy of ours saves through our store"
     checkpoint_io.attachments = _write_inputs(cfg, run_dir, data)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    print(
+        f"{run_dir}: {cfg.trainer.max_steps:,} steps of {data.tokens_per_step:,.0f} tokens, "
+        f"{cfg.trainer.accelerator}, {cfg.trainer.precision}",
+        flush=True,
+    )
     with recorded(run_dir):
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)

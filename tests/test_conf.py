@@ -108,7 +108,9 @@ def test_commands_of_the_documents_compose(corpus: Path) -> None:
     assert len(commands) > 10
     for command in commands:
         words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", command)]
-        check_overrides([word.replace("my.jsonl", str(corpus)) for word in words], CONF)
+        check_overrides(
+            [word.replace("my.jsonl", str(corpus)).replace("book.txt", str(corpus)) for word in words], CONF
+        )
 
 
 def test_mistakes_shown_in_the_documents_are_what_is_printed() -> None:

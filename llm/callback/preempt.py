@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import Callback
 
 from llm.callback.checkpoint import save_step
 
-_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75}
 
 
 class PreemptedError(Exception):
-    """The run was told to stop, and saved. `exit_code` is 75 after SIGTERM or SIGUSR1, 130 after Ctrl-C."""
+    """The run was told to stop, and saved. `exit_code` is 75 after SIGTERM, SIGUSR1 or SIGHUP, 130 after Ctrl-C."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -24,7 +24,7 @@ class PreemptedError(Exception):
 
 
 class Preempt(Callback):
-    """SIGTERM, SIGUSR1 or Ctrl-C: finish the step, save, leave. A second Ctrl-C leaves at once.
+    """SIGTERM, SIGUSR1, SIGHUP (a closed terminal) or Ctrl-C: finish the step, save, leave; a second Ctrl-C leaves.
 
     The handler only sets a flag: saving inside a signal handler is what makes stock trainers hang.
     """
@@ -51,9 +51,8 @@ class Preempt(Callback):
     def _leave_if_told(self, trainer: L.Trainer) -> None:
         if self._received is not None:
             path = save_step(trainer)
-            raise PreemptedError(
-                f"{self._received.name}: saved {path}; the same command continues it", _EXIT_CODES[self._received]
-            )
+            again = f"the same command with run_dir={trainer.default_root_dir} continues it"
+            raise PreemptedError(f"{self._received.name}: saved {path}; {again}", _EXIT_CODES[self._received])
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,7 @@ def write(directory: Path, state: dict[str, Any], attachments: Iterable[Path] = 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        with open(temporary / STATE, "wb") as file:
-            torch.save(state, file)
+        _save(state, temporary / STATE)
         for source in attachments:
             copy = shutil.copytree if source.is_dir() else shutil.copyfile
             copy(source, temporary / source.name)
@@ -90,6 +90,10 @@ def read(directory: Path) -> dict[str, Any]:
     """
     file = directory / STATE
     try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums that torch.save writes
+        if damaged is not None:
+            raise ValueError(f"checksum of {damaged}")
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: not there - give a directory that holds a {STATE}") from None
@@ -115,6 +119,16 @@ def _moved_away(directory: Path) -> Iterator[None]:
             old.rename(directory)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """torch.save; a full disk, which torch reports as a RuntimeError, is an OSError."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path.parent}: cannot be written ({reason}) - free some space") from error
 
 
 def _sync(path: Path) -> None:

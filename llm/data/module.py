@@ -355,7 +355,7 @@ def _rows_report(rows: Rows) -> dict[str, Any]:
 
 def _leave_signals_to_the_run(worker: int) -> None:
     """A cluster signals the whole process group: a worker that dies of it takes an unsaved run along."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -57,12 +57,26 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: py
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 405440 vs 405328\nframe #0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"cannot be written \(.*unexpected pos 405440 vs 405328\) - free some space"):
+        write(tmp_path / "step-00000001", {"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damage_and_code_are_refused(tmp_path: Path) -> None:
     target = tmp_path / "step-00000001"
     write(target, {"weight": torch.zeros(1000)})
     whole = (target / "state.pt").read_bytes()
     (target / "state.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"state\.pt: cannot be read .* - remove .*step-00000001 to use an older"):
+        read(target)
+    position = whole.index(b"\0" * 1000) + 500  # amid the tensor
+    (target / "state.pt").write_bytes(whole[:position] + b"\1" + whole[position + 1 :])
+    with pytest.raises(CheckpointError, match=r"cannot be read .*checksum of .*data/0"):
         read(target)
     torch.save({"f": os.system}, target / "state.pt", pickle_module=pickle)
     with pytest.raises(CheckpointError, match="cannot be read"):
