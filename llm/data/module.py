@@ -256,7 +256,8 @@ class TextData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the batch after the last one that was consumed; evaluating, there is none to go on with."""
-        if self.trainer is not None and self.trainer.state.fn == "fit":
+        evaluating = self.trainer is not None and self.trainer.state.fn == "validate"
+        if not evaluating:
             self.check_resume(state_dict)
             self.next_batch = state_dict["next_batch"]
 

@@ -49,6 +49,7 @@ def on(data: TextData, rank: int = 0, world_size: int = 1, max_steps: int = 20) 
         world_size=world_size,
         max_steps=max_steps,
         lightning_module=SimpleNamespace(n_batches=3),
+        state=SimpleNamespace(fn="fit"),
     )
     return data
 
