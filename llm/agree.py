@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm.checkpoint import find, newest, read
 from llm.config import ConfigError
 from llm.data import TextData
+from llm.launch import Place
 from llm.model import TransformerConfig
 from llm.tokenizer import Tokenizer
 
@@ -19,16 +21,28 @@ from llm.tokenizer import Tokenizer
 _FREE = {"dropout", "initialisation"}
 
 
-def agree(cfg: DictConfig, model: TransformerConfig, data: TextData) -> None:
-    """Compare the groups with each other and with this machine.
+class Strategy(Protocol):
+    """What the strategies have to say about a run before it is built."""
+
+    def n_data_processes(self, world_size: int) -> int:
+        """How many of the processes have data of their own."""
+
+    def problems(self, model: TransformerConfig, world_size: int) -> list[str]:
+        """One line for each reason why so many processes cannot train `model`."""
+
+
+def agree(cfg: DictConfig, model: TransformerConfig, data: TextData, strategy: Strategy, here: Place) -> None:
+    """Compare the groups with each other, with this machine and with the processes that were started.
 
     Raises:
         ConfigError: with one line for each rule that does not hold.
         CheckpointError: if `init_from` names no checkpoint.
     """
     mistakes = [*_vocabulary_and_length(model, data), *_devices(cfg)]
+    problems = strategy.problems(model, _n_devices(cfg) * cfg.trainer.num_nodes)
+    mistakes += problems or _processes(cfg, here)
     try:
-        data.check_world(1)
+        data.check_world(strategy.n_data_processes(_n_devices(cfg) * cfg.trainer.num_nodes))
     except ValueError as error:
         mistakes.append(str(error))
     if cfg.trainer.default_root_dir != cfg.run_dir:
@@ -45,6 +59,22 @@ def agree(cfg: DictConfig, model: TransformerConfig, data: TextData) -> None:
         raise ConfigError(mistakes)
     if cfg.init_from is not None:
         find(cfg.init_from)
+
+
+def agree_with_first(cfg: DictConfig, first: Any) -> None:
+    """Whether this process is to do what the first one does: each has composed its configuration by itself.
+
+    Raises:
+        ConfigError: with one line for each group or key that differs.
+    """
+    mine: Any = OmegaConf.to_container(cfg, resolve=True)
+    mistakes = [
+        f"{key}: {value} - rank 0 has {first.get(key)} - start all ranks with the same command and files"
+        for key, value in mine.items()
+        if json.loads(json.dumps(value)) != first.get(key)
+    ]
+    if mistakes:
+        raise ConfigError(mistakes)
 
 
 def agree_with_checkpoint(cfg: DictConfig, data: TextData, checkpoint: Path) -> None:
@@ -113,16 +143,44 @@ def _vocabulary_and_length(model: TransformerConfig, data: TextData) -> list[str
     return mistakes
 
 
+def _n_devices(cfg: DictConfig) -> int:
+    """What trainer.devices comes to in each node."""
+    wanted = cfg.trainer.devices
+    if isinstance(wanted, int) and wanted > 0:
+        return wanted
+    if wanted in ("auto", -1):
+        return max(1, torch.cuda.device_count()) if cfg.trainer.accelerator != "cpu" else 1
+    return len(wanted)
+
+
 def _devices(cfg: DictConfig) -> list[str]:
-    mistakes = []
-    n_devices, n_nodes = cfg.trainer.devices, cfg.trainer.num_nodes
-    if cfg.strategy._target_.endswith(".Single") and (n_devices, n_nodes) not in ((1, 1), ("auto", 1)):
-        mistakes.append(
-            f"trainer.devices: {n_devices} on {n_nodes} nodes - strategy=single drives one device - "
-            f"set trainer.devices=1 and trainer.num_nodes=1"
-        )
-    if cfg.trainer.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
-        mistakes.append(
-            f"trainer.accelerator: {cfg.trainer.accelerator} - torch sees no GPU here - set trainer.accelerator=cpu"
-        )
-    return mistakes
+    """The machine against what is asked of it; on a CPU processes may outnumber the cores."""
+    accelerator, n_gpus = cfg.trainer.accelerator, torch.cuda.device_count()
+    if accelerator not in ("gpu", "cuda"):
+        return []
+    if not torch.cuda.is_available():
+        return [f"trainer.accelerator: {accelerator} - torch sees no GPU here - set trainer.accelerator=cpu"]
+    if _n_devices(cfg) > n_gpus:
+        return [
+            f"trainer.devices: {cfg.trainer.devices} - this machine has {n_gpus} GPUs - set trainer.devices={n_gpus}"
+        ]
+    return []
+
+
+def _processes(cfg: DictConfig, here: Place) -> list[str]:
+    """Whether as many processes were started as the configuration counts on."""
+    n_devices, n_nodes = _n_devices(cfg), cfg.trainer.num_nodes
+    if here.world_size == n_devices * n_nodes:
+        return []
+    how = {
+        "none": "python train.py starts them, and so do torchrun and srun; a Python program that calls run() does not",
+        "launch": "start python train.py once on each node",
+        "torchrun": f"start torchrun with --nnodes={n_nodes} --nproc-per-node={n_devices}, or change the two keys",
+        "srun": f"start srun with --nodes={n_nodes} --ntasks-per-node={n_devices}, or change the two keys",
+        "environment": "WORLD_SIZE says how many there are: change it or the two keys, or unset RANK, LOCAL_RANK and "
+        "WORLD_SIZE if they are left from another program",
+    }[here.launcher]
+    return [
+        f"trainer.devices x trainer.num_nodes: {n_devices} x {n_nodes} - this process is one of {here.world_size} "
+        f"({here.launcher}) - {how}"
+    ]

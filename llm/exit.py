@@ -1,99 +1,222 @@
 """How a run ends: exit codes for batch scripts, and `RUN/exit.json` with the cause.
 
-0 done, 64 configuration, 65 data, 70 bug, 73 the run exists, 74 storage, 75 told to go and saved, 130 Ctrl-C.
+0 done, 64 configuration, 65 data, 70 bug, 73 the run exists, 74 storage, 75 told to go and saved, 76 interrupted from
+outside with nothing saved since the last checkpoint, 130 Ctrl-C. An error says its code itself: `exit_code`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
+import os
+import re
+import secrets
+import signal
 import sys
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from llm.callback import PreemptedError
-from llm.checkpoint import CheckpointError
-from llm.config import ConfigError
-from llm.data import DataError
+from typing import Any, NoReturn
 
 FINISHED, STOPPED_EARLY = "finished", "stopped early"
 _FILE = "exit.json"
-CONFIG, DATA, BUG, EXISTS, STORAGE, INTERRUPTED = 64, 65, 70, 73, 74, 130
+BUG, EXISTS, STORAGE, LOST, INTERRUPTED = 70, 73, 74, 76, 130
+
+# What gloo and NCCL say when a peer is gone or silent.
+_LOST = (
+    "Connection reset by peer",
+    "Connection closed by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "remote process",
+    "remote peer",
+    "communicator was aborted",
+)
+STAND_BACK_S = 5.0  # how long rank 0 may need, on a busy machine, to say why all ranks end
+
+_rank, _n_ranks = 0, 1
 
 
 class RunExistsError(ValueError):
     """The run directory exists and `resume=never` forbids going on in it."""
 
+    exit_code = EXISTS
+
+
+class LostPeerError(Exception):
+    """Another rank is gone, did not come, or does not answer; whatever ended it is the cause, not this."""
+
+    exit_code = LOST
+
+
+def as_rank(rank: int, n_ranks: int) -> None:
+    """Say once a process which of the job's processes it is, for what `guarded` and `recorded` do."""
+    global _rank, _n_ranks
+    _rank, _n_ranks = rank, n_ranks
+
 
 def exit_code(error: BaseException) -> int:
     """The exit code that tells a batch script what happened."""
-    match error:
-        case SystemExit() if not _interrupted(error):
-            return error.code if isinstance(error.code, int) else int(error.code is not None)
-        case ConfigError():
-            return CONFIG
-        case DataError():
-            return DATA
-        case RunExistsError():
-            return EXISTS
-        case CheckpointError() | OSError():
-            return STORAGE
-        case PreemptedError():
-            return error.exit_code
-        case KeyboardInterrupt() | SystemExit():
-            return INTERRUPTED
-    return BUG
+    if isinstance(error, SystemExit) and not _interrupted(error):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return INTERRUPTED
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return code
+    if _lost_contact(error):
+        return LOST
+    return STORAGE if isinstance(error, OSError) else BUG
+
+
+def _first_is_me() -> bool:
+    return True
 
 
 @contextlib.contextmanager
-def guarded() -> Iterator[None]:
+def guarded(first: Callable[[], bool] = _first_is_me) -> Iterator[None]:
     """Run the body; leave the process with the exit code of what it raises, after one line on stderr.
 
-    A bug prints its traceback.
+    A bug prints its traceback. Among several ranks only that prints for which `first` is true.
     """
     try:
         yield
     except BaseException as error:
-        if isinstance(error, SystemExit) and not _interrupted(error):
-            raise
         code = exit_code(error)
-        if code == BUG:
-            traceback.print_exc()
-        else:
-            print(str(error) or type(error).__name__, file=sys.stderr)
-        sys.exit(code)
+        silent = False
+        if isinstance(error, SystemExit) and not _interrupted(error):
+            if _n_ranks == 1 or code == 0:
+                raise
+            silent = not isinstance(error.code, str)
+        try:
+            if not silent and _is_first(first):
+                _say(error, code)
+        finally:  # whatever happens while speaking, a second Ctrl-C or a closed pipe
+            _leave(code)
+
+
+def stand_back(code: int, wait_s: float = STAND_BACK_S) -> NoReturn:
+    """Leave for a reason that rank 0 has too and says: after it, since torchrun ends the job at the first exit."""
+    time.sleep(wait_s)
+    _leave(code)
 
 
 @contextlib.contextmanager
 def recorded(run_dir: Path) -> Iterator[None]:
-    """While the body runs, the run has no end; if it raises, the cause is left in `exit.json`."""
-    (run_dir / _FILE).unlink(missing_ok=True)
+    """While the body runs, the run has no end; if it raises, the cause is left in `exit.json`.
+
+    Among several ranks, rank 0 has to be in here before the others come: it takes the end of the last attempt away.
+    """
+    if _rank == 0:
+        (run_dir / _FILE).unlink(missing_ok=True)
     try:
         yield
     except BaseException as error:
-        cause = f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):
-            _write(run_dir, {"code": exit_code(error), "cause": cause})
+        code = exit_code(error)
+        if code != 0:
+            with contextlib.suppress(OSError):
+                record(run_dir, code, f"{type(error).__name__}: {error}", _rank if _n_ranks > 1 else None)
         raise
+
+
+def record(run_dir: Path, code: int, cause: str, rank: int | None = None) -> None:
+    """Write what ended the run, unless that has been written: the first cause stays, but a lost peer is none."""
+    end = {"code": code, "cause": cause} | ({} if rank is None else {"rank": rank})
+    temporary = _written(run_dir, end)
+    try:
+        os.link(temporary, run_dir / _FILE)  # of several processes that do this, one succeeds
+    except OSError:  # there is one, or the file system has no links
+        before = _read(run_dir)
+        if before is None or (before.get("code") == LOST and code != LOST):
+            os.replace(temporary, run_dir / _FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def version(run_dir: Path) -> tuple[int, int] | None:
+    """What changes when another end is recorded; None if there is none."""
+    try:
+        status = (run_dir / _FILE).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def forget(run_dir: Path) -> None:
+    """Remove the end that an earlier attempt left, unless it is that of a finished run."""
+    if (_read(run_dir) or {}).get("code") != 0:
+        (run_dir / _FILE).unlink(missing_ok=True)
 
 
 def write_end(run_dir: Path, step: int, max_steps: int) -> None:
     """A run that ended by itself: after all its steps, or before, stopped by a callback."""
     cause = FINISHED if step >= max_steps else STOPPED_EARLY
-    _write(run_dir, {"code": 0, "cause": cause, "step": step, "max_steps": max_steps})
+    end = {"code": 0, "cause": cause, "step": step, "max_steps": max_steps}
+    os.replace(_written(run_dir, end), run_dir / _FILE)
 
 
 def finished(run_dir: Path, max_steps: int) -> int | None:
     """The step at which the run ended by itself, if a run of `max_steps` would have nothing to add; else None."""
-    try:
-        end = json.loads((run_dir / _FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    if end["code"] != 0:
+    end = _read(run_dir)
+    if end is None or end["code"] != 0:
         return None
     enough = end["max_steps"] if end["cause"] == STOPPED_EARLY else end["step"]
     return end["step"] if enough >= max_steps else None
+
+
+def _is_first(first: Callable[[], bool]) -> bool:
+    try:
+        return first()
+    except Exception:  # who cannot ask the others must speak
+        return True
+
+
+def _say(error: BaseException, code: int) -> None:
+    """In one write, so that the lines of two ranks do not mix."""
+    if _n_ranks > 1:  # the launcher may end everybody as soon as another rank has left: speak first
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    text = str(error) or type(error).__name__
+    prefix = f"rank {_rank}: " if _rank > 0 else ""
+    if code == BUG:
+        text = "".join(traceback.format_exception(error)).rstrip()
+    elif code == LOST and not isinstance(error, LostPeerError):
+        reason = re.sub(r"^\[[^\]]*\] ", "", str(_origin(error)).partition("\n")[0])  # the line of gloo's source
+        text, prefix = f"lost contact with another rank ({reason})", f"rank {_rank}: "
+    sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+    sys.stderr.flush()
+
+
+def _leave(code: int) -> NoReturn:
+    """By `sys.exit`; among several ranks at once, since taking down a broken process group may hang."""
+    if _n_ranks == 1:
+        sys.exit(code)
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any more
+                stream.flush()
+        for child in multiprocessing.active_children():  # loader workers, which an orderly end would stop
+            child.kill()
+    finally:
+        os._exit(code)
+
+
+def _lost_contact(error: BaseException) -> bool:
+    """Whether it began with torch.distributed missing a peer. Its classes are told by name: importing it is slow."""
+    if _n_ranks == 1:
+        return False
+    origin = _origin(error)
+    names = {kind.__name__ for kind in type(origin).__mro__}
+    network = "DistNetworkError" in names and "EADDRINUSE" not in str(origin)
+    return network or (isinstance(origin, RuntimeError) and any(text in str(origin) for text in _LOST))
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What was raised first: taking down a run whose peer is gone raises more."""
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return error if before is None else _origin(before)
 
 
 def _interrupted(error: SystemExit) -> bool:
@@ -101,5 +224,16 @@ def _interrupted(error: SystemExit) -> bool:
     return isinstance(error.__context__, KeyboardInterrupt)
 
 
-def _write(run_dir: Path, end: dict[str, object]) -> None:
-    (run_dir / _FILE).write_text(json.dumps(end) + "\n")
+def _read(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        end = json.loads((run_dir / _FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return end if isinstance(end, dict) else None
+
+
+def _written(run_dir: Path, end: dict[str, Any]) -> Path:
+    """`end` in a file beside the final one, whole before it gets its name."""
+    temporary = run_dir / f".{_FILE}.{secrets.token_hex(4)}"
+    temporary.write_text(json.dumps(end) + "\n")
+    return temporary

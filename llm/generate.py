@@ -4,7 +4,7 @@ Shapes: B prompts, T prompt length, V vocabulary.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -13,6 +13,10 @@ from torch import Tensor
 from llm.model.cache import Cache
 from llm.model.transformer import Transformer
 from llm.tokenizer import Tokenizer
+
+
+def _as_chosen(tokens: Tensor) -> Tensor:
+    return tokens
 
 
 def generate(
@@ -26,6 +30,7 @@ def generate(
     eos_id: int | None = None,
     padding: Tensor | None = None,
     generator: torch.Generator | None = None,
+    agree: Callable[[Tensor], Tensor] = _as_chosen,
 ) -> Tensor:
     """Prompts and what follows them: int64 [B, T] -> [B, T + n], n <= max_new_tokens.
 
@@ -36,6 +41,8 @@ def generate(
     eos_id          a row that gives this token is finished and filled with it; when all are, generation ends early
     padding         int64 [B], how many tokens at the left of each row are padding: prompts of unequal length
     generator       where draws come from, on the device of `tokens`; given one, torch's own state is left alone
+    agree           called with each step's tokens; of a model that several processes hold together it gives all of them
+                    the same ones, so that none ends before the others
 
     Generation also ends when a row fills the model's context, max_length tokens: beyond it the model never trained.
     The model may be in the midst of training: it runs in evaluation mode without gradients, and every module gets its
@@ -52,7 +59,7 @@ def generate(
         while tokens.shape[1] < end:
             hidden = model(new, documents, positions, cache)
             logits = model.logits(hidden[:, -1])
-            new = choose(logits, temperature, top_k, top_p, generator)  # [B, 1]
+            new = agree(choose(logits, temperature, top_k, top_p, generator))  # [B, 1]
             if eos_id is not None:
                 new = new.masked_fill(finished.unsqueeze(1), eos_id)
                 finished |= new.squeeze(1) == eos_id
@@ -74,6 +81,7 @@ def continue_text(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    agree: Callable[[Tensor], Tensor] = _as_chosen,
 ) -> str:
     """A document that begins with `prompt`, up to its end or `max_new_tokens` further on; settings as in `generate`.
 
@@ -90,6 +98,7 @@ def continue_text(
         top_p=top_p,
         eos_id=tokenizer.eot_id,
         generator=generator,
+        agree=agree,
     )
     return tokenizer.decode(tokens[0].tolist(), skip_special=True)
 

@@ -1,30 +1,121 @@
-"""The few collectives of a run: sums over processes, one packed message at a time.
+"""The few collectives of a run: sums over processes, one packed message at a time, and what all must agree on.
 
 Without an initialised process group every function is the identity, so a single process runs the same code.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+_data_group: dist.ProcessGroup | None = None
+
+
+def use(data_group: dist.ProcessGroup | None) -> None:
+    """Sum over `data_group` from now on: where several processes share the same data, it must be counted once.
+
+    None is all processes. A strategy says this, for as long as it is in use.
+    """
+    global _data_group
+    _data_group = data_group
 
 
 def n_processes() -> int:
-    """How many processes take part in the run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    """How many processes the sums run over: those that have data of their own."""
+    return dist.get_world_size(_data_group) if _distributed() else 1
 
 
 def all_sum(values: Tensor) -> Tensor:
-    """Sum of `values` over all processes, in place; every process gets the result. No host sync."""
+    """Sum of `values` over the processes, in place; every process gets the result. No host sync."""
     if n_processes() > 1:
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=_data_group)
     return values
 
 
 def all_mean(values: Tensor) -> Tensor:
-    """Mean of `values` over all processes, in place. No host sync."""
+    """Mean of `values` over the processes, in place. No host sync."""
     return all_sum(values).div_(n_processes())
+
+
+def from_first(values: Tensor) -> Tensor:
+    """`values` of the first of all processes, in place: for what must not differ even in the last bit."""
+    if _world_size() > 1:
+        dist.broadcast(values, src=0)
+    return values
+
+
+def gather_objects(value: T) -> list[T]:
+    """Plain data of all processes, in the order of their ranks; every process gets the list."""
+    if _world_size() == 1:
+        return [value]
+    values: list[T | None] = [None] * _world_size()
+    dist.all_gather_object(values, value)
+    return values  # type: ignore[return-value]
+
+
+def rank() -> int:
+    """Which of all processes this is."""
+    return dist.get_rank() if _distributed() else 0
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients down to the L2 norm `max_norm`, together; returns their norm before that. No host sync.
+
+    Gradients may be spread over processes, and not all of them in the same way: torch's own function stacks the norms
+    of all parameters, which is refused across meshes.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    by_mesh: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        assert gradient is not None
+        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
+    norms = [nn.utils.get_total_norm(gradients) for gradients in by_mesh.values()]
+    norm = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+class AnyRaised:
+    """Whether any process has raised its flag; all learn it in the same call.
+
+    The question travels while the caller goes on, and is answered in the next call: nobody waits for the others, and no
+    device is waited for. A process alone is answered at once.
+    """
+
+    def __init__(self) -> None:
+        self._question: tuple[Tensor, dist.Work] | None = None
+
+    def __call__(self, raised: bool) -> bool:
+        """Every process calls this equally often. After a True it is to be called no more."""
+        if _world_size() == 1:
+            return raised
+        if self._answer():
+            return True
+        flag = torch.tensor([raised], dtype=torch.int32)  # on the CPU: gloo's
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, async_op=True)
+        assert work is not None
+        self._question = flag, work
+        return False
+
+    def close(self) -> bool:
+        """The answer to the last question."""
+        return self._answer()
+
+    def _answer(self) -> bool:
+        if self._question is None:
+            return False
+        flag, work = self._question
+        self._question = None
+        work.wait()
+        return bool(flag.item())
 
 
 class Totals:
@@ -62,17 +153,29 @@ class Totals:
         return all_sum(self.values[self.names.index(name), 0].clone()).item()
 
     def state_dict(self) -> dict[str, object]:
-        """What a checkpoint needs so that a resumed run's next log row equals the uninterrupted run's."""
-        return {"names": list(self.names), "values": None if self.values is None else self.values.clone()}
+        """What a checkpoint needs so that a resumed run's next log row equals the uninterrupted run's.
+
+        The sums over all processes, each of which calls this, whichever of them writes the checkpoint.
+        """
+        return {"names": list(self.names), "values": None if self.values is None else all_sum(self.values.clone())}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Continue the sums of `state_dict`."""
+        """Continue the sums of `state_dict`: in one process, as they will be added up again."""
         names, values = state["names"], state["values"]
         assert isinstance(names, list)
         assert values is None or isinstance(values, Tensor)
-        self.names, self.values = names, values
+        first = not _distributed() or dist.get_rank(_data_group) == 0
+        self.names, self.values = names, values if first or values is None else torch.zeros_like(values)
 
 
 def _as_float64(parts: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
     """Detached doubles: sums of millions of token losses keep all their digits."""
     return [(total.detach().double(), count.detach().double()) for total, count in parts.values()]
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if _distributed() else 1

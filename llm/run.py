@@ -21,12 +21,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from llm.agree import agree, agree_with_checkpoint, agree_with_weights, vocab_size
+from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, vocab_size
+from llm.callback import PreemptedError
 from llm.checkpoint import find, newest
 from llm.config import ConfigError, check, wandb_offline
 from llm.data import TextData
-from llm.exit import RunExistsError, finished, guarded, recorded, write_end
-from llm.strategy import DirectoryIO
+from llm.exit import RunExistsError, as_rank, finished, guarded, recorded, write_end
+from llm.launch import place
+from llm.strategy import DirectoryIO, Environment, Rendezvous, first_to_fail, leave, meet
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,17 +57,25 @@ def run(cfg: DictConfig) -> Outcome:
     cfg = cfg.copy()
     _quiet()
     cfg.trainer.accelerator = _accelerator(cfg.trainer.accelerator)
+    together = meet()
+    as_rank(together.here.rank, together.here.world_size)
     data: TextData = built(cfg.data)
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
-    agree(cfg, built(cfg.model), data)
-    return _validate(cfg, data) if cfg.stage == "validate" else _fit(cfg, data)
+    agree(cfg, built(cfg.model), data, built(cfg.strategy), together.here)
+    agree_with_first(cfg, together.share("config", lambda: OmegaConf.to_container(cfg, resolve=True)))
+    return _validate(cfg, data, together) if cfg.stage == "validate" else _fit(cfg, data, together)
 
 
 def main(cfg: DictConfig) -> None:
     """`run`, for a shell: a mistake of the user's is one line, a bug a traceback, and each has its exit code."""
     speak()
-    with guarded():
-        run(cfg)
+    with guarded(first_to_fail):
+        try:
+            run(cfg)
+        except PreemptedError:
+            leave()
+            raise
+        leave()
 
 
 def prepare(cfg: DictConfig) -> None:
@@ -75,7 +87,7 @@ def prepare(cfg: DictConfig) -> None:
     print(yaml.safe_dump(data.report(), sort_keys=False))
 
 
-def claim(run_dir: Path, resume: str) -> Path | None:
+def claim(run_dir: Path, resume: str) -> str | None:
     """Make the run directory and say which checkpoint to go on from; None starts at step 0.
 
     Raises:
@@ -91,9 +103,10 @@ def claim(run_dir: Path, resume: str) -> Path | None:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"run_dir: {run_dir} - cannot be made ({error.strerror}) - give another run_dir") from error
-    if resume in ("auto", "must", "never"):
-        return newest(run_dir)
-    return newest(run_dir) or find(resume)  # requeued, a run goes on where it is, not where it came from
+    checkpoint = newest(run_dir)  # requeued, a run goes on where it is, not where it came from
+    if checkpoint is None and resume not in ("auto", "must", "never"):
+        checkpoint = find(resume)
+    return None if checkpoint is None else str(checkpoint)
 
 
 def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
@@ -115,10 +128,13 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
         max_epochs=-1,
         callbacks=callbacks,
         logger=loggers,
+        plugins=[Environment(place())],
         # Without these Lightning adds a bar and a checkpoint of its own where a user has taken ours away.
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
     )
+    # Among several processes it broadcasts in every batch, and waits for the device, to learn of a SIGTERM.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer, built(cfg.objective)
 
 
@@ -139,47 +155,59 @@ def _set_length(cfg: DictConfig, data: TextData) -> None:
         cfg.trainer.max_steps = data.n_steps(max_tokens=cfg.trainer.max_tokens, max_epochs=cfg.trainer.max_epochs)
 
 
-def _fit(cfg: DictConfig, data: TextData) -> Outcome:
+def _fit(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
     """Train, on from a checkpoint if there is one. Nothing is written before all that can be refused has been."""
     run_dir = Path(cfg.run_dir)
-    checkpoint = claim(run_dir, cfg.resume)
-    print(f"{run_dir}: preparing the data", flush=True)
-    data.prepare()
+    found = together.share("claim", lambda: claim(run_dir, cfg.resume))
+    _log.info("%s: preparing the data", run_dir)
+    together.once_per_node("data", data.prepare)
+    data.prepare()  # which finds what was made
     _set_length(cfg, data)
-    if checkpoint is not None:
-        step = finished(run_dir, cfg.trainer.max_steps)
-        if step is not None:
-            print(f"{run_dir}: finished already, at step {step}; a larger trainer.max_steps continues it")
-            return Outcome(run_dir, step, {})
-        agree_with_checkpoint(cfg, data, checkpoint)
-        print(f"continuing from {checkpoint}")
-    elif cfg.init_from is not None:
-        agree_with_weights(data, cfg.init_from)
+    step = together.share("start", lambda: _start(cfg, data, found))
+    if step is not None:
+        _log.info("%s: finished already, at step %d; a larger trainer.max_steps continues it", run_dir, step)
+        return Outcome(run_dir, step, {})
     trainer, objective = build(cfg)
     checkpoint_io = trainer.strategy.checkpoint_io
     assert isinstance(checkpoint_io, DirectoryIO), "every strategy of ours saves through our store"
     checkpoint_io.attachments = _write_inputs(cfg, run_dir, data)
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    print(
+    world_size = together.here.world_size
+    _log.info(
         f"{run_dir}: {cfg.trainer.max_steps:,} steps of {data.tokens_per_step:,.0f} tokens, "
-        f"{cfg.trainer.accelerator}, {cfg.trainer.precision}",
-        flush=True,
+        f"{cfg.trainer.accelerator}{'' if world_size == 1 else f' x {world_size}'}, {cfg.trainer.precision}"
     )
     with recorded(run_dir):
+        together.share("recording", lambda: True)  # rank 0 has taken the end of the last attempt away
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
-        _entered(trainer.fit, objective, datamodule=data, ckpt_path=checkpoint)
+        _entered(trainer.fit, objective, datamodule=data, ckpt_path=found)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # the next run of a sweep would go on writing into it
-    write_end(run_dir, trainer.global_step, trainer.max_steps)
+    if trainer.is_global_zero:
+        write_end(run_dir, trainer.global_step, trainer.max_steps)
     return Outcome(run_dir, trainer.global_step, _metrics(trainer))
 
 
-def _validate(cfg: DictConfig, data: TextData) -> Outcome:
+def _start(cfg: DictConfig, data: TextData, checkpoint: str | None) -> int | None:
+    """Whether the run that `cfg` describes can go on, or begin; the step it is at if there is nothing left to do."""
+    if checkpoint is not None:
+        step = finished(Path(cfg.run_dir), cfg.trainer.max_steps)
+        if step is not None:
+            return step
+        agree_with_checkpoint(cfg, data, Path(checkpoint))
+        _log.info("continuing from %s", checkpoint)
+    elif cfg.init_from is not None:
+        agree_with_weights(data, cfg.init_from)
+    return None
+
+
+def _validate(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
     """Evaluate a checkpoint on the held-out documents; nothing is recorded."""
     given = cfg.resume not in ("auto", "must")
-    checkpoint = find(cfg.resume if given else cfg.run_dir)
+    checkpoint = together.share("checkpoint", lambda: str(find(cfg.resume if given else cfg.run_dir)))
+    together.once_per_node("data", data.prepare)
     data.prepare()
     cfg.trainer.max_steps = cfg.trainer.max_steps or 1  # not trained, so of no consequence
     quiet = cfg.copy()
@@ -187,7 +215,8 @@ def _validate(cfg: DictConfig, data: TextData) -> Outcome:
     trainer, objective = build(quiet)
     _entered(trainer.validate, objective, datamodule=data, ckpt_path=checkpoint, verbose=False)
     outcome = Outcome(Path(cfg.run_dir), trainer.global_step, _metrics(trainer))
-    print("\n".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items()))
+    for name, value in outcome.metrics.items():
+        _log.info("%s %.4f", name, value)
     return outcome
 
 
@@ -205,7 +234,9 @@ def _metrics(trainer: L.Trainer) -> dict[str, float]:
 
 def _write_inputs(cfg: DictConfig, run_dir: Path, data: TextData) -> list[Path]:
     """What the run is made of, which every checkpoint carries a copy of: the resolved configuration and the
-    tokenizer."""
+    tokenizer. The first process writes it, as it writes the checkpoints."""
+    if place().rank > 0:
+        return []
     temporary = run_dir / ".config.yaml"
     temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True))
     os.replace(temporary, run_dir / "config.yaml")
@@ -219,22 +250,32 @@ def _accelerator(wanted: str) -> str:
 
 
 def speak() -> None:
-    """Print what the rooms have to say (a long preparation, a damaged cache), message by message."""
+    """Print what the rooms have to say (a long preparation, a damaged cache), message by message; of several processes
+    the first prints, and the others only what is wrong."""
+    rank = place().rank
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("llm").handlers = [handler]
-    logging.getLogger("llm").setLevel(logging.INFO)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    log = logging.getLogger("llm")
+    log.handlers, log.propagate = [handler], False  # Hydra has a handler at the root, which would say it again
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def _quiet() -> None:
-    """Silence what Lightning tells users of its own data loaders and loops; ours are other ones."""
+    """Silence what Lightning tells users of its own data loaders and loops; ours are other ones. Of several processes
+    the first warns."""
+    if place().rank > 0:
+        warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Where it warns that a checkpoint gathers weights spread over two axes one axis after the other.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if wandb_offline():  # where the files lie is said at the end; online, people want the link
         os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_CONSOLE", "off")  # the progress bar is no record worth keeping
     for message in (
         ".*does not have many workers.*",
+        ".*It is recommended to use `self.log.*sync_dist=True.*",
+        ".*`srun` command is available on your system but is not used.*",
         ".*your dataloader is not resumable.*",
         ".*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",

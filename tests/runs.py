@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+
+from llm.config import register
+
+CONF = Path(__file__).parents[1] / "conf"
 
 # A run of seconds: bytes as tokens, two small layers, dropout on, several micro-batches, fp32, nothing but the record.
 TINY = (
@@ -31,3 +37,13 @@ TINY = (
 )
 
 Compose = Callable[..., DictConfig]
+
+
+def run_composed(overrides: list[str]) -> None:
+    """Compose the tiny run with `overrides` and run it, in this process: for ranks, which each do so."""
+    from llm.run import run
+
+    register()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [*TINY, "run_name=test", *overrides])
+    run(cfg)

@@ -24,26 +24,27 @@ FLOORS: dict[str, set[str]] = {
     "optimizer": set(),
     "config": set(),
     "reduce": set(),
-    "strategy": {"model", "checkpoint"},
+    "strategy": {"model", "checkpoint", "config", "exit", "launch", "reduce"},
     "checkpoint": {"model", "tokenizer"},
     "generate": {"model", "tokenizer"},
     "data": {"tokenizer"},
     "metric": {"reduce"},
     "objective": {"model", "checkpoint", "metric", "reduce"},
     "callback": {"objective", "generate", "metric", "checkpoint", "data", "reduce"},
-    "exit": {"callback", "checkpoint", "config", "data"},
-    "agree": {"checkpoint", "config", "data", "model", "tokenizer"},
-    "run": {"agree", "exit", "config", "checkpoint", "data", "strategy"},
+    "launch": {"config", "exit"},
+    "exit": set(),
+    "agree": {"checkpoint", "config", "data", "launch", "model", "tokenizer"},
+    "run": {"agree", "callback", "exit", "config", "checkpoint", "data", "launch", "strategy"},
     "__main__": {"run", "exit", "config", "checkpoint", "data", "generate"},
     "__init__": set(),
-    "train": {"run", "config"},
+    "train": {"run", "config", "exit", "launch", "strategy"},
 }
 # Library -> the rooms, or files of a room, that may import it.
 LIBRARIES: dict[str, set[str]] = {
     "lightning": {"objective", "strategy", "callback", "data/module.py", "run"},
     "torch.distributed": {"strategy", "checkpoint", "reduce"},
-    "hydra": {"train", "__main__", "run", "config"},
-    "omegaconf": {"train", "__main__", "run", "agree", "config"},
+    "hydra": {"train", "__main__", "run", "config", "launch"},
+    "omegaconf": {"train", "__main__", "run", "agree", "config", "launch"},
     "pydantic": {"config"},
     "transformers": {"tokenizer"},
     "tokenizers": {"tokenizer"},
@@ -52,7 +53,17 @@ LIBRARIES: dict[str, set[str]] = {
     "wandb": set(),
     "matplotlib": {"callback"},
 }
-LIGHT = ("llm", "llm.config", "llm.model", "llm.tokenizer", "llm.optimizer", "llm.schedule", "llm.data.source")
+LIGHT = (
+    "llm",
+    "llm.config",
+    "llm.launch",
+    "llm.exit",
+    "llm.model",
+    "llm.tokenizer",
+    "llm.optimizer",
+    "llm.schedule",
+    "llm.data.source",
+)
 
 
 def place(path: Path) -> tuple[str, str]:

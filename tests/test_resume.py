@@ -45,8 +45,8 @@ def assert_same_state(first: Path, second: Path) -> None:
     optimizers = [state["optimizer_states"][0] for state in (one, two)]
     torch.testing.assert_close(optimizers[0]["state"], optimizers[1]["state"], rtol=0, atol=0)
     assert optimizers[0]["param_groups"] == optimizers[1]["param_groups"]
-    assert torch.equal(one["rng"]["torch"], two["rng"]["torch"])
-    assert one["rng"]["python"] == two["rng"]["python"]
+    assert torch.equal(one["rng"][0]["torch"], two["rng"][0]["torch"])
+    assert one["rng"][0]["python"] == two["rng"][0]["python"]
     assert one["objective"]["n_batches"] == two["objective"]["n_batches"] > 0
 
 

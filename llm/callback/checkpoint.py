@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from llm.checkpoint import step_name, steps
 from llm.checkpoint.rng import rng_state, set_rng_state
+from llm.reduce import gather_objects, rank
 
 
 class Checkpoint(ModelCheckpoint):
@@ -48,12 +49,16 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The generators' states, without which dropout would differ after a restart."""
-        checkpoint["rng"] = rng_state()
+        """The generators' states of every process, without which dropout would differ after a restart."""
+        checkpoint["rng"] = gather_objects(rng_state())
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the states until everything that draws numbers while it is being set up has done so."""
-        self._rng = checkpoint["rng"]
+        """Keep the state until everything that draws numbers while it is being set up has done so.
+
+        A process that had no part in the run before goes on with its own.
+        """
+        states = checkpoint["rng"]
+        self._rng = states[rank()] if rank() < len(states) else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning calls checkpoint callbacks last, so nothing draws between here and the first step."""
@@ -91,7 +96,7 @@ class Checkpoint(ModelCheckpoint):
 def save_step(trainer: L.Trainer) -> Path:
     """Save the step the run is at, unless that is done already, and say where."""
     path = _folder(trainer) / step_name(trainer.global_step)
-    if not path.exists():
+    if not trainer.strategy.broadcast(path.exists()):  # the first process decides: each sees the disk at another moment
         trainer.save_checkpoint(path)
     return path
 

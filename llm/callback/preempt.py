@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from llm.callback.checkpoint import save_step
+from llm.reduce import AnyRaised, gather_objects
 
 _EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75, signal.SIGHUP: 75}
 
@@ -26,15 +27,18 @@ class PreemptedError(Exception):
 class Preempt(Callback):
     """SIGTERM, SIGUSR1, SIGHUP (a closed terminal) or Ctrl-C: finish the step, save, leave; a second Ctrl-C leaves.
 
-    The handler only sets a flag: saving inside a signal handler is what makes stock trainers hang.
+    The handler only sets a flag: saving inside a signal handler is what makes stock trainers hang. One process that was
+    told is enough: all of them learn it, and stop after the same step.
     """
 
     def __init__(self) -> None:
+        self._any_told = AnyRaised()
         self._received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over from Lightning, whose handlers save and synchronise inside the handler."""
+        self._any_told, self._received = AnyRaised(), None
         self._owner = os.getpid()
         self._previous = {number: signal.signal(number, self._note) for number in _EXIT_CODES}
 
@@ -49,10 +53,15 @@ class Preempt(Callback):
         self._leave_if_told(trainer)
 
     def _leave_if_told(self, trainer: L.Trainer) -> None:
-        if self._received is not None:
+        if self._any_told(self._received is not None):
             path = save_step(trainer)
+            received = next(number for number in gather_objects(self._received) if number is not None)
             again = f"the same command with run_dir={trainer.default_root_dir} continues it"
-            raise PreemptedError(f"{self._received.name}: saved {path}; {again}", _EXIT_CODES[self._received])
+            raise PreemptedError(f"{received.name}: saved {path}; {again}", _EXIT_CODES[received])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The run is done all the same, and saved."""
+        self._any_told.close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
 from llm.generate import continue_text
 from llm.objective import Objective
+from llm.reduce import from_first
 
 
 class Sample(Callback):
@@ -54,18 +55,20 @@ class Sample(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample, and add to the file."""
-        if not trainer.sanity_checking and trainer.is_global_zero:
+        if not trainer.sanity_checking:
             self._write_samples(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A run without validation ends with samples all the same."""
-        if self._sampled_step != trainer.global_step and trainer.is_global_zero:
+        if self._sampled_step != trainer.global_step:
             self._write_samples(trainer, pl_module)
 
     def _write_samples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Objective)
         self._sampled_step = trainer.global_step
-        self.texts = self._continue_prompts(trainer, pl_module)
+        self.texts = self._continue_prompts(trainer, pl_module)  # by every process: each may hold a part of the weights
+        if not trainer.is_global_zero:
+            return
         with open(_file(trainer), "a") as file:
             for number, text in enumerate(self.texts, 1):
                 file.write(f"==== step {trainer.global_step}, sample {number} ====\n{text}\n\n")
@@ -91,6 +94,7 @@ class Sample(Callback):
                     top_k=self.top_k,
                     top_p=self.top_p,
                     generator=generator,
+                    agree=from_first,
                 )
                 for prompt in self.prompts
             ]

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 from torch import Tensor, nn
 
+from llm.checkpoint.distribute import load_whole
 from llm.checkpoint.store import CheckpointError, find, read
 from llm.model import Transformer, TransformerConfig
 from llm.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def load_into(model: nn.Module, path: str | Path) -> None:
             f"{step}: its weights do not fit this model - give the model that it was trained as\n"
             + "\n".join(f"  {mistake}" for mistake in mistakes)
         )
-    model.load_state_dict(saved)
+    load_whole(model, saved)
 
 
 def _differences(wanted: dict[str, Tensor], saved: dict[str, Tensor]) -> list[str]:

@@ -25,6 +25,8 @@ _STEP = re.compile(r"step-(\d{8,})")
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file and what to do."""
 
+    exit_code = 74
+
 
 def step_name(step: int) -> str:
     """Name of a step's directory; zeros make the alphabetical order that of the steps."""

@@ -47,13 +47,23 @@ def check(cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
         raise ConfigError(mistakes)
 
 
-def find(cfg: DictConfig, overrides: Sequence[str] | None = None, found: bool = False) -> list[str]:
-    """The mistakes that `check` raises; `found` if composing has already found others."""
+def find(
+    cfg: DictConfig,
+    overrides: Sequence[str] | None = None,
+    found: bool = False,
+    elsewhere: Callable[[DictConfig], bool] = lambda cfg: False,
+) -> list[str]:
+    """The mistakes that `check` raises; `found` if composing has already found others.
+
+    Where `elsewhere` is true of a configuration that has no mistake so far, it will run in other processes, which look
+    at the rest; this one does without Lightning.
+    """
     search = _Search(cfg)
     search.root()
     search.trainer()
     search.nodes(light=True)
-    if not ((found or search.mistakes) and overrides is not None and all(map(is_light, overrides))):
+    light = overrides is not None and all(map(is_light, overrides))
+    if not (light if found or search.mistakes else elsewhere(cfg)):
         search.nodes(light=False)
     wrong = {mistake.key for mistake in search.mistakes}
     return list(dict.fromkeys(m.text for m in search.mistakes if not m.source or m.source not in wrong))

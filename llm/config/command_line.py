@@ -10,7 +10,7 @@ import argparse
 import copy
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,18 +32,24 @@ from llm.config.explain import Explainer
 from llm.config.mistake import ConfigError, line
 
 
-def check_overrides(argv: Sequence[str], config_dir: str | Path, config_name: str = "train") -> DictConfig | None:
+def check_overrides(
+    argv: Sequence[str],
+    config_dir: str | Path,
+    config_name: str = "train",
+    elsewhere: Callable[[DictConfig], bool] = lambda cfg: False,
+) -> DictConfig | None:
     """Raise ConfigError with every mistake of a command line (`sys.argv[1:]`) and of the run that it composes.
 
     Gives the composed configuration, under -m that of the first job; None where the command line asks Hydra for
     something else (--help, --cfg, --info, completion), which is left to `hydra.main`. `register()` has to come first.
+    Of a configuration that will run `elsewhere`, what takes Lightning to judge is left to that process.
     """
     arguments, mistakes = _parsed_flags(argv)
     if _is_for_hydra(arguments):
         return None
     with _hydra_as_it_was():
         try:
-            composer = _Composer(arguments, Path(config_dir).resolve(), config_name)
+            composer = _Composer(arguments, Path(config_dir).resolve(), config_name, elsewhere)
         except HydraException as error:
             raise ConfigError([*mistakes, str(error)]) from None
         return composer.check(mistakes)
@@ -52,11 +58,18 @@ def check_overrides(argv: Sequence[str], config_dir: str | Path, config_name: st
 class _Composer:
     """Hydra's own loader over the search path that `hydra.main` will use."""
 
-    def __init__(self, arguments: argparse.Namespace, config_dir: Path, config_name: str) -> None:
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        config_dir: Path,
+        config_name: str,
+        elsewhere: Callable[[DictConfig], bool],
+    ) -> None:
         version.setbase("1.3")
         setup_globals()
         JobRuntime.instance().set("name", config_name)
         self.config_name = arguments.config_name or config_name
+        self.elsewhere = elsewhere
         self.loader = ConfigLoaderImpl(_search_path(arguments, config_dir))
         self.parser = OverridesParser.create(config_loader=self.loader)
         self.lines: list[str] = arguments.overrides
@@ -132,7 +145,7 @@ class _Composer:
         self.enter(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
-        mistakes += find(cfg, applied, found=len(mistakes) > n_before)
+        mistakes += find(cfg, applied, found=len(mistakes) > n_before, elsewhere=self.elsewhere)
         return cfg
 
     def is_group(self, override: Override) -> bool:

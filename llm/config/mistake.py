@@ -14,6 +14,8 @@ EXIT_CODE = 64  # EX_USAGE of sysexits.h
 class ConfigError(ValueError):
     """The configuration does not fit the code. `mistakes` holds one line each: `key: value - rule - remedy`."""
 
+    exit_code = EXIT_CODE
+
     def __init__(self, mistakes: Sequence[str]) -> None:
         self.mistakes = list(dict.fromkeys(mistakes))
         n = len(self.mistakes)

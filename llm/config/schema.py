@@ -63,16 +63,16 @@ SCALARS: dict[str, Any] = {
 def register() -> None:
     """Make the schema known to Hydra as `run`, and `${run_id:}` to OmegaConf. Calling it again changes nothing."""
     ConfigStore.instance().store(name="run", node=Run)
-    OmegaConf.register_new_resolver("run_id", _run_id_of_job, replace=True)
+    OmegaConf.register_new_resolver("run_id", job_run_id, replace=True)
     OmegaConf.register_new_resolver("wandb_offline", wandb_offline, use_cache=True, replace=True)
 
 
 def run_id() -> str:
-    """The id of this run: LLM_RUN_ID, else the SLURM job (or array task), else the time and four random hex.
+    """The id of this run: what names it from outside, else the time and four random hex.
 
     A made id is put into the environment, so that processes started from here belong to the same run.
     """
-    given = os.environ.get(RUN_ID) or _slurm_job()
+    given = given_run_id()
     if given:
         return given
     made = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
@@ -80,12 +80,15 @@ def run_id() -> str:
     return made
 
 
-def _slurm_job() -> str | None:
+def given_run_id() -> str | None:
+    """What names this run from outside, the same in all its processes: LLM_RUN_ID, else the SLURM job or array task."""
+    if given := os.environ.get(RUN_ID):
+        return given
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
-def _run_id_of_job(level: str = "job") -> str:
+def job_run_id(level: str = "job") -> str:
     """`${run_id:}`: the run id, and in a sweep the job's number below it; `${run_id:sweep}`: what all jobs share."""
     if level == "sweep" or not HydraConfig.initialized():
         return run_id()

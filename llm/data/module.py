@@ -230,7 +230,9 @@ class TextData(LightningDataModule):
         return self._loader(batches, _From(0, len(batches)))
 
     def _place(self) -> tuple[int, int]:
-        rank, world_size = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        """Which share of each batch is this process's: the strategy knows, as several processes may have the same."""
+        share = (None if self.trainer is None else self.trainer.distributed_sampler_kwargs) or {}
+        rank, world_size = share.get("rank", 0), share.get("num_replicas", 1)
         self.check_world(world_size)
         return rank, world_size
 

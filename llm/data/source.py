@@ -19,6 +19,8 @@ from annotated_types import Gt
 class DataError(ValueError):
     """The data is not what the config says: one line with the file or key, the rule and the remedy (exit code 65)."""
 
+    exit_code = 65
+
 
 class Source(ABC):
     """Documents in a fixed order, plus `weight`: the share of this source in a mixture, counted in tokens.

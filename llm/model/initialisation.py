@@ -10,6 +10,8 @@ built on the meta device, spread over machines, and only then given its numbers.
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from torch import nn
 
@@ -47,16 +49,21 @@ class Embedding(nn.Embedding):
         nn.init.normal_(self.weight, std=self.std)
 
 
-def initialise(model: nn.Module) -> None:
+def initialise(model: nn.Module, within: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext) -> None:
     """Draw every weight anew from torch's generator, in the order of a direct build.
 
     After a build on the meta device and `to_empty`, the same seed gives the same weights as a direct build. A module
-    that owns parameters but has no `reset_parameters` would keep uninitialised memory: that is a TypeError.
+    that owns parameters but has no `reset_parameters` would keep uninitialised memory: that is a TypeError. Each module
+    is drawn inside `within(module)`; one whose weights are all another's (a tied head) is not drawn.
     """
+    drawn: set[int] = set()
     for name, module in model.named_modules():
-        if not any(True for _ in module.parameters(recurse=False)) and not any(True for _ in module.buffers(False)):
+        own = {id(tensor) for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
+        if own <= drawn:
             continue
         reset = getattr(module, "reset_parameters", None)
         if reset is None:
             raise TypeError(f"{name} ({type(module).__name__}) owns parameters or buffers but has no reset_parameters")
-        reset()
+        with within(module):
+            reset()
+        drawn |= own

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from llm.checkpoint import load_into
 from llm.model import Transformer, TransformerConfig
 from llm.objective.loss import Loss
-from llm.reduce import Totals, all_mean
+from llm.reduce import Totals, all_mean, clip_gradients
 
 Batch = Mapping[str, Tensor]
 
@@ -187,7 +187,7 @@ class Objective(L.LightningModule):
     def clip_gradients_to_norm(self) -> Tensor:
         """Scale the gradient down to `clip_norm`; returns its L2 norm before that, on the device."""
         limit = self.optimizer_recipe.clip_norm
-        return nn.utils.clip_grad_norm_(self.network.parameters(), float("inf") if limit is None else limit)
+        return clip_gradients(self.network.parameters(), float("inf") if limit is None else limit)
 
     # Validation
 

@@ -45,8 +45,7 @@ def mixture(folder: Path, **arguments: Any) -> TextData:
 def on(data: TextData, rank: int = 0, world_size: int = 1, max_steps: int = 20) -> TextData:
     """`data` as a trainer of `world_size` processes holds it."""
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
-        global_rank=rank,
-        world_size=world_size,
+        distributed_sampler_kwargs={"rank": rank, "num_replicas": world_size},
         max_steps=max_steps,
         lightning_module=SimpleNamespace(n_batches=3),
         state=SimpleNamespace(fn="fit"),

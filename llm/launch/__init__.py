@@ -1,0 +1,12 @@
+"""Starting the processes of a run, and knowing which of them this one is. Nothing here loads torch.
+
+place()                                                  # rank, world size, and where they meet
+n = ranks_to_start(cfg, place())                         # 0: this process runs it
+launch(job_command(), n, run_dir=cfg.run_dir)            # else it starts n ranks and waits
+"""
+
+from llm.launch.job import job_arguments, job_command, ranks_to_start
+from llm.launch.launcher import die_with_launcher, launch
+from llm.launch.place import Place, place
+
+__all__ = ["Place", "die_with_launcher", "job_arguments", "job_command", "launch", "place", "ranks_to_start"]

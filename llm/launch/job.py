@@ -1,0 +1,72 @@
+"""How many ranks a configuration asks for, and the command line that makes one of them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from llm.config.mistake import ConfigError, line
+from llm.launch.place import Place
+
+# What makes a sweep of a command line: a job of it is no sweep.
+_SWEEP = re.compile(r"\+*hydra[./](mode|sweep|sweeper|launcher)\b")
+
+
+def ranks_to_start(cfg: DictConfig, here: Place) -> int:
+    """How many ranks this process has to start on its node; 0 if it runs `cfg` itself.
+
+    Raises:
+        ConfigError: for a sweep among ranks, each of which would go through all of its jobs in one process.
+    """
+    if here.world_size > 1 and _is_sweep():
+        rule = f"one of the {here.world_size} processes of {here.launcher} cannot be many runs, one after the other"
+        raise ConfigError([line("-m", "", rule, "python train.py -m … starts processes for each; or start each run")])
+    if here.launcher != "none" or str(cfg.strategy._target_).endswith(".Single"):
+        return 0
+    n_devices = _n_devices(cfg)
+    return 0 if (n_devices, cfg.trainer.get("num_nodes", 1)) == (1, 1) else n_devices
+
+
+def job_command() -> list[str]:
+    """What starts this program once more, for the job that Hydra runs now, with the interpreter's flags as given."""
+    n_arguments = len(sys.argv) - 1
+    program = sys.orig_argv[1 : len(sys.orig_argv) - n_arguments]
+    return [sys.executable, *program, *job_arguments(sys.argv[1:])]
+
+
+def job_arguments(argv: Sequence[str]) -> list[str]:
+    """The command line (`sys.argv[1:]`) of one run: as given, or in a sweep that of the job that Hydra runs now."""
+    if not _is_sweep():
+        return list(argv)
+    job = HydraConfig.get()
+    given, _ = get_args_parser().parse_known_args(list(argv))
+    flags = {"--config-path": given.config_path, "--config-name": given.config_name, "--config-dir": given.config_dir}
+    kept = [override for override in job.overrides.hydra if not _SWEEP.match(override)]
+    return [
+        *(word for flag, value in flags.items() if value is not None for word in (flag, value)),
+        *kept,
+        f"hydra.job.num={job.job.num}",  # which a run_dir of the user's may name
+        *job.overrides.task,
+    ]
+
+
+def _is_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _n_devices(cfg: DictConfig) -> int:
+    """What trainer.devices comes to on this node."""
+    devices, accelerator = cfg.trainer.get("devices", "auto"), cfg.trainer.get("accelerator", "auto")
+    if devices not in ("auto", -1):
+        return devices if isinstance(devices, int) else len(devices)
+    if accelerator == "cpu":
+        return 1
+    import torch  # which alone knows how many there are
+
+    return max(1, torch.cuda.device_count())

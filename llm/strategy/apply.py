@@ -1,0 +1,45 @@
+"""What is done to a network between building and training it, in the one order that works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import lightning as L
+from torch.distributed.device_mesh import DeviceMesh
+
+from llm.model import Transformer
+from llm.strategy.activation_checkpointing import Checkpointing, checkpoint_block
+from llm.strategy.tensor_parallel import split
+
+
+def network_of(objective: L.LightningModule | None) -> Transformer:
+    """The network inside what Lightning trains."""
+    network = getattr(objective, "network", None)
+    assert isinstance(network, Transformer), f"{objective} has no Transformer named network"
+    return network
+
+
+def apply(
+    network: Transformer,
+    *,
+    tensor_mesh: DeviceMesh | None = None,
+    checkpointing: Checkpointing = "none",
+    compile: bool = False,
+    shard: Callable[[Transformer], None] | None = None,
+) -> None:
+    """Change `network` in place; each step sees what the one before has made.
+
+    1. tensor parallelism replaces parameters, so it comes before everything that holds on to them
+    2. activation checkpointing wraps the forward that is then
+    3. compiled, block by block: one block is compiled and serves them all
+    4. sharding hooks around the block: its all-gather stays outside the compiled code, and is not recomputed
+    """
+    if tensor_mesh is not None:
+        split(network, tensor_mesh)
+    for block in network.blocks:
+        if checkpointing != "none":
+            checkpoint_block(block, checkpointing)
+        if compile:
+            block.compile()
+    if shard is not None:
+        shard(network)

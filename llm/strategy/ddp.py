@@ -1,0 +1,59 @@
+"""Every process has the whole model and its share of the batch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import lightning as L
+from annotated_types import Gt
+from lightning.pytorch.strategies import DDPStrategy
+
+from llm.launch import place
+from llm.model import TransformerConfig
+from llm.strategy.activation_checkpointing import Checkpointing
+from llm.strategy.apply import apply, network_of
+from llm.strategy.checkpoint_io import DirectoryIO
+from llm.strategy.process_group import join_process_group, seed_dropout
+
+
+class DDP(DDPStrategy):
+    """Distributed data parallel (Li et al. 2020, arXiv:2006.15704): gradients are averaged, once a step.
+
+    Args:
+        timeout_s: after which a collective that some rank does not join ends the run.
+        checkpointing: what of a block's forward is computed again in the backward: none, full (everything) or
+            selective (all but matrix products and attention).
+        compile: compile each block with torch.compile.
+    """
+
+    def __init__(
+        self,
+        timeout_s: Annotated[float, Gt(0)] = 600,
+        checkpointing: Checkpointing = "none",
+        compile: bool = False,
+    ) -> None:
+        # The gradients are views into what is sent, so there is one copy of them and not two.
+        super().__init__(checkpoint_io=DirectoryIO(), gradient_as_bucket_view=True)
+        self.timeout_s = timeout_s
+        self.checkpointing = checkpointing
+        self.compile = compile
+
+    def _configure_launcher(self) -> None:
+        """Processes are started by llm.launch, torchrun or srun."""
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        join_process_group(place(), self.root_device, self.timeout_s)
+
+    def setup(self, trainer: L.Trainer) -> None:
+        apply(network_of(self.lightning_module), checkpointing=self.checkpointing, compile=self.compile)
+        super().setup(trainer)
+        seed_dropout(self.global_rank)
+
+    def n_data_processes(self, world_size: int) -> int:
+        """How many processes have data of their own."""
+        return world_size
+
+    def problems(self, model: TransformerConfig, world_size: int) -> list[str]:
+        """Nothing about a model is an obstacle."""
+        return []

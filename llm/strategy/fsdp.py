@@ -1,0 +1,193 @@
+"""Parameters, gradients and optimizer state spread over processes, and blocks split among them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Mapping
+from functools import partial
+from typing import Annotated, Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from annotated_types import Gt
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.optim import Optimizer
+
+from llm import reduce
+from llm.checkpoint import gather, load_whole, load_whole_optimizer
+from llm.launch import place
+from llm.model import Transformer, TransformerConfig
+from llm.strategy import tensor_parallel
+from llm.strategy.activation_checkpointing import Checkpointing
+from llm.strategy.apply import apply, network_of
+from llm.strategy.checkpoint_io import DirectoryIO
+from llm.strategy.materialise import materialise
+from llm.strategy.process_group import join_process_group, seed_dropout
+
+_AXES = ("replicate", "shard", "tensor")
+
+
+class FSDP(ModelParallelStrategy):
+    """Fully sharded data parallel (Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277) by
+    torch's fully_shard, with replicas of the shards (HSDP) and tensor parallelism as further axes of the mesh.
+
+    The processes form a mesh [replicate, shard, tensor], neighbours sharing a block: what is sent most is sent nearest.
+    Under trainer.precision=bf16-true blocks compute in bfloat16 while the sharded weights, the optimizer and the sums
+    of gradients stay float32. The network is built on the meta device and drawn shard by shard, with the same numbers
+    as in one process.
+
+    Args:
+        replicate_size: groups of processes that each hold the whole model; 1 spreads it over all.
+        tensor_parallel_size: processes that share each block's matrix products and the same data.
+        reshard_after_forward: free a block's parameters after its forward and gather them again for its backward; false
+            keeps them, which sends a third less and holds the whole model.
+        timeout_s: after which a collective that some rank does not join ends the run.
+        checkpointing: what of a block's forward is computed again in the backward: none, full (everything) or
+            selective (all but matrix products and attention).
+        compile: compile each block with torch.compile.
+    """
+
+    def __init__(
+        self,
+        replicate_size: Annotated[int, Gt(0)] = 1,
+        tensor_parallel_size: Annotated[int, Gt(0)] = 1,
+        reshard_after_forward: bool = True,
+        timeout_s: Annotated[float, Gt(0)] = 600,
+        checkpointing: Checkpointing = "none",
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.checkpoint_io = DirectoryIO()
+        self.replicate_size = replicate_size
+        self.tensor_parallel_size = tensor_parallel_size
+        self.reshard_after_forward = reshard_after_forward
+        self.timeout_s = timeout_s
+        self.checkpointing = checkpointing
+        self.compile = compile
+        self._policy = MixedPrecisionPolicy()
+
+    def n_data_processes(self, world_size: int) -> int:
+        """How many processes have data of their own."""
+        return max(1, world_size // self.tensor_parallel_size)
+
+    def problems(self, model: TransformerConfig, world_size: int) -> list[str]:
+        """One line for each reason why `world_size` processes cannot train `model`."""
+        unit = self.replicate_size * self.tensor_parallel_size
+        found = tensor_parallel.problems(model, self.tensor_parallel_size)
+        if world_size % unit:
+            found.append(
+                f"strategy.replicate_size x strategy.tensor_parallel_size: {self.replicate_size} x "
+                f"{self.tensor_parallel_size} - must divide the {world_size} processes of the run - "
+                f"change them, or trainer.devices and trainer.num_nodes"
+            )
+        return found
+
+    # Processes
+
+    def _configure_launcher(self) -> None:
+        """Processes are started by llm.launch, torchrun or srun."""
+
+    def setup_environment(self) -> None:
+        """Join the process group, lay the processes out as a mesh, and take over the precision."""
+        Strategy.setup_environment(self)
+        self.set_world_ranks()
+        join_process_group(place(), self.root_device, self.timeout_s)
+        unit = self.replicate_size * self.tensor_parallel_size
+        shape = (self.replicate_size, self.world_size // unit, self.tensor_parallel_size)
+        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=_AXES)
+        reduce.use(self._data_group())
+        if self.precision_plugin.precision == "bf16-true":
+            # fully_shard's own: Lightning's would cast the weights themselves.
+            self._policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            self.precision_plugin = Precision()
+
+    def _data_group(self) -> dist.ProcessGroup | None:
+        """The processes that read different data, this one among them; None for all."""
+        if self.tensor_parallel_size == 1:
+            return None
+        return self.device_mesh["replicate", "shard"]._flatten("data").get_group()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        """Which share of the data is this process's; those of one tensor axis have the same."""
+        size = self.tensor_parallel_size
+        return {"num_replicas": self.world_size // size, "rank": self.global_rank // size}
+
+    def teardown(self) -> None:
+        reduce.use(None)
+        super().teardown()
+
+    # Building
+
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Generator[None]:
+        with torch.device("meta"):
+            yield
+
+    def setup(self, trainer: L.Trainer) -> None:
+        network = network_of(self.lightning_module)
+        tensor_mesh = self.device_mesh["tensor"] if self.tensor_parallel_size > 1 else None
+        apply(
+            network,
+            tensor_mesh=tensor_mesh,
+            checkpointing=self.checkpointing,
+            compile=self.compile,
+            shard=partial(self._shard, mesh=self._data_mesh()),
+        )
+        materialise(network, self.root_device)
+        super().setup(trainer)
+        seed_dropout(self.distributed_sampler_kwargs["rank"])
+
+    def _data_mesh(self) -> DeviceMesh:
+        """One axis shards; with a second before it, each row of the mesh is a replica."""
+        return self.device_mesh["replicate", "shard"] if self.replicate_size > 1 else self.device_mesh["shard"]
+
+    def _shard(self, network: Transformer, mesh: DeviceMesh) -> None:
+        """Each block is gathered by itself; what is around the blocks is one more group, needed at both ends of the
+        forward and at once in the backward, so it stays gathered between them."""
+        for block in network.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=self._policy, reshard_after_forward=self.reshard_after_forward)
+        fully_shard(network, mesh=mesh, mp_policy=self._policy, reshard_after_forward=False)
+        register_fsdp_forward_method(network, "logits")
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Generator[None]:
+        """Add gradients up where they are, unsharded, and send nothing."""
+        network: Any = network_of(self.lightning_module)
+        assert isinstance(network, FSDPModule)
+        network.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            network.set_requires_gradient_sync(True)
+
+    # Checkpoints: whole on rank 0, the same as of one process, so that any strategy can go on from them
+
+    lightning_restore_optimizer = True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return gather(self.lightning_module.state_dict(), keep=self.is_global_zero)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return gather(optimizer.state_dict(), keep=self.is_global_zero)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.lightning_module is not None
+        load_whole(self.lightning_module, checkpoint["state_dict"], strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            load_whole_optimizer(optimizer, state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)

@@ -1,0 +1,40 @@
+"""The process group that collectives run over."""
+
+from __future__ import annotations
+
+import datetime
+
+import torch
+import torch.distributed as dist
+
+from llm.launch import Place
+from llm.strategy.rendezvous import current
+
+
+def join_process_group(here: Place, device: torch.device, timeout_s: float) -> None:
+    """Initialise the default process group, of one process too; if there is one already, that one serves.
+
+    CPU tensors travel over gloo and, where there are GPUs, CUDA tensors over NCCL.
+
+    Args:
+        here: which rank this is.
+        device: what this process computes on.
+        timeout_s: after which a collective that some rank does not join is an error.
+    """
+    if dist.is_initialized():
+        return
+    store = current().store
+    cuda = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.HashStore() if store is None else dist.PrefixStore("process_group", store),
+        rank=here.rank,
+        world_size=here.world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+        device_id=device if cuda else None,
+    )
+
+
+def seed_dropout(data_rank: int) -> None:
+    """Give each process with data of its own dropout of its own, once the weights, which are the same, are drawn."""
+    torch.manual_seed(torch.initial_seed() + 1 + data_rank)

@@ -1,0 +1,196 @@
+"""Where the processes of a run meet before there is a process group, and take leave of each other after it.
+
+A key-value store that rank 0 hosts (under torchrun its agent does). Waiting on it holds no collective open, so it may
+take as long as preparing the data takes, and a process that fails can say so to the others.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from llm.config import ConfigError, run_id
+from llm.exit import LostPeerError
+from llm.launch import Place, place
+
+ARRIVAL_S = 60.0  # how long ranks wait for the last of them, all having been started at once
+_POLL_S = 0.1
+_FAREWELL_S = 30.0
+_FAILURE_S = 5.0  # a host that is gone must not hold up the one that wants to tell it why it leaves
+
+T = TypeVar("T")
+
+
+class Rendezvous:
+    """What the processes of one run tell each other; for a process alone everything is at hand at once.
+
+    Args:
+        here: which of the processes this is.
+        store: theirs, with keys of this run only; None for a process alone.
+    """
+
+    def __init__(self, here: Place, store: dist.Store | None) -> None:
+        self.here = here
+        self.store = store
+
+    def arrive(self, patience_s: float = ARRIVAL_S) -> None:
+        """Return when every rank has come here.
+
+        Raises:
+            LostPeerError: naming the ranks that did not come.
+        """
+        if self.store is None:
+            return
+        keys = [f"arrived/{rank}" for rank in range(self.here.world_size)]
+        self.store.set(keys[self.here.rank], "")
+        try:
+            self.store.wait(keys, datetime.timedelta(seconds=patience_s))
+        except dist.DistStoreError:
+            missing = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
+            raise LostPeerError(
+                f"rank {', '.join(missing)} of {self.here.world_size} did not arrive within {patience_s:.0f} s "
+                f"at {self.here.address}:{self.here.port} - start all of them with the same command, on hosts that "
+                f"reach this one; if RANK or WORLD_SIZE are left from another program, unset them"
+            ) from None
+
+    def share(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, plain data, to every rank; the others wait, however long it takes."""
+        if self.store is None:
+            return make()
+        if self.here.rank == 0:
+            value = make()
+            self.store.set(name, json.dumps(value))
+            return value
+        self._await(name)
+        return json.loads(self.store.get(name))
+
+    def once_per_node(self, name: str, make: Callable[[], None]) -> None:
+        """Call `make` in the first process of each node; the others wait, however long it takes."""
+        if self.store is None:
+            make()
+        elif self.here.local_rank == 0:
+            make()
+            self.store.set(f"{name}/{self.here.node_rank}", "")
+        else:
+            self._await(f"{name}/{self.here.node_rank}")
+
+    def first_to_fail(self) -> bool:
+        """Tell the others that this rank fails; whether it is the first to, whose message is the one to read."""
+        if self.store is None:
+            return True
+        mine = str(self.here.rank)
+        try:
+            self.store.set_timeout(datetime.timedelta(seconds=_FAILURE_S))
+            return self.store.compare_set("failed", "", mine).decode() == mine
+        except (
+            RuntimeError
+        ):  # the host has left, so it was not this rank that failed first; but nobody may have said why
+            return True
+
+    def leave(self) -> None:
+        """Return when every rank has come here too, so that none is killed for lingering; or after a while."""
+        if self.store is None:
+            return
+        keys = [f"left/{rank}" for rank in range(self.here.world_size)]
+        try:
+            self.store.set(keys[self.here.rank], "")
+            self.store.wait(keys, datetime.timedelta(seconds=_FAREWELL_S))
+        except RuntimeError:
+            return  # all is done and saved: who hosts the store may have left a moment ago
+
+    def _await(self, key: str) -> None:
+        assert self.store is not None
+        while not self.store.check([key]):
+            if self.store.check(["failed"]):
+                raise LostPeerError(f"rank {self.store.get('failed').decode()} failed")
+            time.sleep(_POLL_S)
+
+
+_connection: tuple[Place, dist.Store] | None = None
+_current: Rendezvous | None = None
+_sessions = itertools.count()
+
+
+def meet() -> Rendezvous:
+    """Bring the processes of a run together; every one of them calls this equally often.
+
+    Raises:
+        ConfigError: if the port is taken.
+        LostPeerError: naming who did not come.
+    """
+    global _current
+    here = place()
+    session = f"run{next(_sessions)}"
+    store = dist.PrefixStore(session, _connect(here)) if here.world_size > 1 else None
+    _current = Rendezvous(here, store)
+    _current.arrive()
+    return _current
+
+
+def current() -> Rendezvous:
+    """Where this run's processes met last; a process that met nobody is alone."""
+    return _current or Rendezvous(place(), None)
+
+
+def first_to_fail() -> bool:
+    """Whether the error that ends this process is the one to show, of those that end the others as well."""
+    return place().rank == 0 if _current is None else _current.first_to_fail()
+
+
+def leave() -> None:
+    """End together with the other processes; a process group that is still open is closed."""
+    if _current is not None:
+        _current.leave()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def share_run_id(here: Place) -> None:
+    """Give every process the run id that rank 0 makes, before the configuration is composed, which names the run."""
+    rendezvous = Rendezvous(here, dist.PrefixStore("run_id", _connect(here)))
+    rendezvous.arrive()
+    os.environ["LLM_RUN_ID"] = rendezvous.share("run_id", run_id)
+
+
+def _connect(here: Place) -> dist.Store:
+    """The store itself, once a process. Restarted by torchrun, a run is a new meeting in its agent's old store."""
+    global _connection
+    if _connection is None or _connection[0] != here:
+        hosts = here.rank == 0 and not _hosted_by_agent()
+        try:
+            store: dist.Store = dist.TCPStore(
+                here.address,
+                here.port,
+                world_size=None,
+                is_master=hosts,
+                timeout=datetime.timedelta(seconds=ARRIVAL_S),
+                wait_for_workers=False,
+                master_listen_fd=here.store_fd if hosts else None,
+            )
+        except dist.DistNetworkError as error:
+            raise _explained(error, here, hosts) from error
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        _connection = here, dist.PrefixStore(f"llm/{attempt}", store)
+    return _connection[1]
+
+
+def _hosted_by_agent() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _explained(error: Exception, here: Place, hosts: bool) -> Exception:
+    where = f"{here.address}:{here.port}"
+    if hosts:
+        reason = "in use by another program" if "EADDRINUSE" in str(error) else str(error).partition("\n")[0]
+        return ConfigError([f"MASTER_PORT: {where} - {reason} - choose another port"])
+    return LostPeerError(
+        f"rank 0 did not arrive at {where} within {ARRIVAL_S:.0f} s, or rank {here.rank} cannot reach it - "
+        f"look at its log, and at MASTER_ADDR and MASTER_PORT"
+    )

@@ -1,0 +1,95 @@
+"""Tensor parallelism: every matrix product of a block split over the ranks of one mesh axis (Shoeybi et al. 2019,
+arXiv:1909.08053), from a plan keyed by the names of submodules. The model knows nothing of it.
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from llm.model import Transformer, TransformerConfig
+
+
+class Whole(ParallelStyle):
+    """The module's parameters as DTensors that every rank holds in full.
+
+    So all parameters lie on one mesh, as the fused optimizers and the gradient norm want them. `placement` says how the
+    input, and so the output, lies over the ranks: with Shard(2) each sees its own heads, and the gradient of the
+    parameters, a part on each, is summed.
+    """
+
+    def __init__(self, placement: Placement | None = None) -> None:
+        super().__init__()
+        self.placement = placement or Replicate()
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(self._enter(value, device_mesh) for value in inputs)
+
+        def leave(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            return output.to_local() if isinstance(output, DTensor) else output
+
+        distribute_module(module, device_mesh)  # without a partition function: replicated
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
+        return module
+
+    def _enter(self, value: Any, device_mesh: DeviceMesh) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return DTensor.from_local(value, device_mesh, [self.placement], run_check=False)
+
+
+def plan(model: nn.Module) -> dict[str, ParallelStyle]:
+    """Name of every submodule with parameters -> how it is split: heads, hidden channels and the vocabulary by rank.
+
+    Two all-reduces in each direction of a block, one for the embedding, an all-gather for the logits.
+    """
+    styles: dict[str, ParallelStyle] = {
+        "embed": RowwiseParallel(input_layouts=Replicate()),
+        "head": ColwiseParallel(output_layouts=Replicate()),
+        "blocks.*.attention.query": ColwiseParallel(),
+        "blocks.*.attention.key": ColwiseParallel(),
+        "blocks.*.attention.value": ColwiseParallel(),
+        "blocks.*.attention.out": RowwiseParallel(),
+        "blocks.*.attention.query_norm": Whole(Shard(2)),  # [B, T, H, K]
+        "blocks.*.attention.key_norm": Whole(Shard(2)),
+        "blocks.*.feed_forward.gate": ColwiseParallel(),
+        "blocks.*.feed_forward.up": ColwiseParallel(),
+        "blocks.*.feed_forward.down": RowwiseParallel(),
+        "blocks.*.attention_norm": Whole(),
+        "blocks.*.feed_forward_norm": Whole(),
+        "norm": Whole(),
+        "position.table": Whole(),
+    }
+    return {
+        name: style
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+        for pattern, style in styles.items()
+        if fnmatchcase(name, pattern)
+    }
+
+
+def split(model: Transformer, mesh: DeviceMesh) -> None:
+    """Apply the plan in place; a meta-device model stays one."""
+    parallelize_module(model, mesh, plan(model))
+    model.tie()  # the embedding and the head were split one by one
+    left = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    assert not left, f"the tensor-parallel plan does not name {left}"
+
+
+def problems(config: TransformerConfig, size: int) -> list[str]:
+    """One line for each width of the model that `size` ranks cannot share evenly; a vocabulary they can share
+    unevenly."""
+    widths = {"n_heads": config.n_heads, "n_kv_heads": config.kv_heads, "ffn_dim": config.ffn_width}
+    return [
+        f"strategy.tensor_parallel_size: {size} - must divide model.{key}, which is {value} - change one of the two"
+        for key, value in widths.items()
+        if value % size
+    ]
