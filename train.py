@@ -52,6 +52,8 @@ if __name__ == "__main__":
     # Threads that wait for each other by spinning starve each other as soon as another program wants a core: on two
     # cores of a busy machine the main job ran at 800 to 2,300 tokens/s with spinning and at 3,300 to 5,800 without.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # When rank 0 is gone, c10d prints thirty lines of C++ in each of the others, and the reason is lost among them.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     die_with_launcher()
     register()
     with guarded():  # which waits for an orderly end where there is something to end, unlike `refuse`

@@ -118,7 +118,8 @@ def recorded(run_dir: Path) -> Iterator[None]:
         code = exit_code(error)
         if code != 0:
             with contextlib.suppress(OSError):
-                record(run_dir, code, f"{type(error).__name__}: {error}", _rank if _n_ranks > 1 else None)
+                cause = _lost_words(error) if code == LOST else f"{type(error).__name__}: {error}"
+                record(run_dir, code, cause, _rank if _n_ranks > 1 else None)
         raise
 
 
@@ -182,17 +183,16 @@ def _say(error: BaseException, code: int) -> None:
     prefix = f"rank {_rank}: " if _rank > 0 else ""
     if code == BUG:
         text = "".join(traceback.format_exception(error)).rstrip()
-    elif code == LOST and not isinstance(error, LostPeerError):
-        reason = re.sub(r"^\[[^\]]*\] ", "", str(_origin(error)).partition("\n")[0])  # the line of gloo's source
-        text, prefix = f"lost contact with another rank ({reason})", f"rank {_rank}: "
+    elif code == LOST:
+        text, prefix = _lost_words(error), f"rank {_rank}: "
     sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
     sys.stderr.flush()
 
 
 def _leave(code: int) -> NoReturn:
-    """By `sys.exit`; among several ranks at once, since taking down a broken process group may hang."""
+    """As `sys.exit` does; among several ranks at once, since taking down a broken process group may hang."""
     if _n_ranks == 1:
-        sys.exit(code)
+        raise SystemExit(code) from None
     try:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it any more
@@ -213,6 +213,14 @@ def _lost_contact(error: BaseException) -> bool:
     return network or (isinstance(origin, RuntimeError) and any(text in str(origin) for text in _LOST))
 
 
+def _lost_words(error: BaseException) -> str:
+    """What is said of a peer that is gone: in our words, or those of gloo without its source line and its advice."""
+    if isinstance(error, LostPeerError):
+        return str(error)
+    reason = re.split(r"\. |\n", re.sub(r"^\[[^\]]*\] ", "", str(_origin(error))))[0]
+    return f"lost contact with another rank ({reason})"
+
+
 def _origin(error: BaseException) -> BaseException:
     """What was raised first: taking down a run whose peer is gone raises more."""
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
@@ -221,7 +229,7 @@ def _origin(error: BaseException) -> BaseException:
 
 def _interrupted(error: SystemExit) -> bool:
     """Whether this is what Lightning makes of Ctrl-C outside our steps."""
-    return isinstance(error.__context__, KeyboardInterrupt)
+    return isinstance(error.__context__, KeyboardInterrupt) and not error.__suppress_context__
 
 
 def _read(run_dir: Path) -> dict[str, Any] | None:

@@ -71,15 +71,14 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     Gradients may be spread over processes, and not all of them in the same way: torch's own function stacks the norms
     of all parameters, which is refused across meshes.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    by_mesh: dict[object, list[Tensor]] = {}
+    by_mesh: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
-        gradient = parameter.grad
-        assert gradient is not None
-        by_mesh.setdefault(gradient.device_mesh if isinstance(gradient, DTensor) else None, []).append(gradient)
-    norms = [nn.utils.get_total_norm(gradients) for gradients in by_mesh.values()]
+        if parameter.grad is not None:
+            by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+    norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
     norm = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    for group in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 

@@ -40,8 +40,7 @@ _DEATH_DELAY_S = 0.2
 _MAX_GROUPS = 32  # that calls may leave behind: each holds threads and sockets, but a mesh may still refer to it
 _MAX_OUTPUT = 10_000  # characters of a rank's output that are shown
 _CPU_ONLY = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
-# What launchers set, and no user by hand.
-_LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "LLM_LAUNCHER", "LLM_STORE_FD", "NODE_RANK", "GROUP_", "ROLE_")
+_LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "LLM_LAUNCHER", "LLM_STORE_FD", "NODE_RANK", "GROUP_", "ROLE_")  # set these
 _ABORT = "Fatal Python error: Aborted"  # how faulthandler begins, when it is made to show a stack
 
 
@@ -126,11 +125,11 @@ def _called(fn: Callable[..., Any], args: Sequence[Any]) -> _Call:
         work = pickle.dumps((fn, args))
     except Exception as error:
         raise TypeError(
-            f"run_on_ranks: {name} and its arguments cannot be pickled: {error} - ranks import the function by its name: "
+            f"run_on_ranks: {name} and its arguments cannot be pickled: {error} - ranks import the function by name: "
             f"move it to the top level of its module, and hand what it needs as plain data"
         ) from error
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)}
-    return _Call(name, work, environ | _CPU_ONLY, os.getcwd(), [str(entry) for entry in sys.path])
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHERS)} | _CPU_ONLY
+    return _Call(name, work, environ, os.getcwd(), [str(entry) for entry in sys.path])
 
 
 # ---- in the test's process -------------------------------------------------------------------------------------------
@@ -171,7 +170,8 @@ class _Nursery:
         deadline = time.monotonic() + patience_s
         while pid not in self.deaths:
             if not wait([self.control], max(0, deadline - time.monotonic())):
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
                 deadline += _DUMP_S
             elif message := self.control.recv(4096):
                 dead, at, code = pickle.loads(message)
@@ -194,8 +194,6 @@ class _Nursery:
 
 
 class _Pool:
-    """n ranks."""
-
     def __init__(self, n: int, nursery: _Nursery) -> None:
         self.nursery = nursery
         self.outputs = [os.memfd_create(f"rank {rank}") for rank in range(n)]
@@ -208,10 +206,10 @@ class _Pool:
         """How the call went on each rank. When one fails, the others get a moment to fail too."""
         self.marks = [os.fstat(output).st_size for output in self.outputs]  # where the output of this call begins
         deadline = time.monotonic() + timeout_s
-        size = str(len(self.pids))
-        world = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        n = str(len(self.pids))
+        world = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         for rank, link in enumerate(self.links):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), **world}
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} | world
             with suppress(OSError):  # it died since the last call, as is seen below
                 link.send(replace(call, environ=call.environ | place))
         asked = {link: rank for rank, link in enumerate(self.links)}
@@ -223,7 +221,8 @@ class _Pool:
                 if outcomes[rank].kind != "returned":
                     deadline = min(deadline, time.monotonic() + _GRACE_S)
         for rank in asked.values():
-            os.kill(self.pids[rank], signal.SIGABRT)
+            with suppress(ProcessLookupError):
+                os.kill(self.pids[rank], signal.SIGABRT)
         outcomes |= {rank: self._stack(rank) for rank in asked.values()}
         return [outcomes[rank] for rank in range(len(self.pids))]
 
@@ -253,8 +252,7 @@ class _Pool:
 
     def printed(self) -> list[str]:
         """What each rank wrote to stdout and stderr in the last call, without the stack that it was made to show."""
-        texts = map(_read, self.outputs, self.marks)
-        return [text.partition(_ABORT)[0].strip()[-_MAX_OUTPUT:] for text in texts]
+        return [text.partition(_ABORT)[0].strip()[-_MAX_OUTPUT:] for text in map(_read, self.outputs, self.marks)]
 
 
 _nursery: _Nursery | None = None
@@ -369,10 +367,7 @@ def _obey(rank: int, n: int, store: str, link: Connection) -> None:
     link.send(os.getpid())
     group = None
     while True:
-        try:
-            call = link.recv()
-        except EOFError:
-            os._exit(0)
+        call = link.recv()
         torch.set_rng_state(initial[0])
         numpy.random.set_state(initial[1])
         random.setstate(initial[2])

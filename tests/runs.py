@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from llm.config import register
+from llm.run import Outcome, run
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -39,11 +40,9 @@ TINY = (
 Compose = Callable[..., DictConfig]
 
 
-def run_composed(overrides: list[str]) -> None:
+def run_composed(overrides: list[str]) -> Outcome:
     """Compose the tiny run with `overrides` and run it, in this process: for ranks, which each do so."""
-    from llm.run import run
-
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*TINY, "run_name=test", *overrides])
-    run(cfg)
+    return run(cfg)

@@ -32,7 +32,7 @@ from llm.exit import (
 )
 
 ROOT = Path(__file__).parents[1]
-GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7001"
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7001. GLHF!"
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +91,8 @@ def test_exit_codes_and_the_cause(
     assert left.value.code == code
     printed = capfd.readouterr().err
     assert ("Traceback" in printed) == (code == 70)
-    assert end(tmp_path) == {"code": code, "cause": f"{type(error).__name__}: {error}"}
+    cause = str(error) if code == 76 else f"{type(error).__name__}: {error}"
+    assert end(tmp_path) == {"code": code, "cause": cause}
     assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
     assert finished(tmp_path, 1) is None
 
@@ -107,6 +108,15 @@ def test_ctrl_c_that_lightning_turned_into_an_exit_is_still_one() -> None:
     with pytest.raises(SystemExit) as left:
         interrupted()
     assert left.value.code == 130
+
+
+@pytest.mark.parametrize(("error", "words"), [(KeyboardInterrupt(), "KeyboardInterrupt\n"), (DataError("x"), "x\n")])
+def test_what_is_guarded_twice_is_said_once(
+    error: BaseException, words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left, guarded(), guarded():
+        raise error
+    assert (left.value.code, capfd.readouterr().err) == (exit_code(error), words)
 
 
 def test_an_exit_on_purpose_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -253,7 +263,7 @@ def test_a_rank_says_in_one_line_that_it_lost_another() -> None:
     assert done.returncode == 76
     assert done.stderr == "rank 0: lost contact with another rank (Connection closed by peer [127.0.0.1]:7001)\n"
     done = rank("raise LostPeerError('rank 1 did not arrive')", number=0)
-    assert (done.returncode, done.stderr) == (76, "rank 1 did not arrive\n")
+    assert (done.returncode, done.stderr) == (76, "rank 0: rank 1 did not arrive\n")
 
 
 def test_a_rank_puts_its_name_before_each_line() -> None:

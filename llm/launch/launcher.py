@@ -177,8 +177,9 @@ def _signals() -> Iterator[socket.socket]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     wakeup = signal.set_wakeup_fd(writer.fileno())
-    # What is ignored, as SIGHUP is under nohup, stays ignored.
-    caught = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]
+    # Under nohup a hangup stays ignored; a shell also lets jobs in the background ignore Ctrl-C, but not who sends it.
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    caught = [number for number in FORWARDED if not (nohup and number == signal.SIGHUP)]
     previous = {number: signal.signal(number, lambda *_: None) for number in (*caught, signal.SIGCHLD)}
     try:
         yield reader

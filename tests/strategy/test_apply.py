@@ -1,0 +1,211 @@
+"""What strategies do to a network before it trains: in the right order, and with the same weights as without them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from llm.checkpoint import gather
+from llm.model import Transformer, TransformerConfig
+from llm.strategy import FSDP
+from llm.strategy.activation_checkpointing import Checkpointing
+from llm.strategy.apply import apply
+from llm.strategy.materialise import materialise
+from llm.strategy.tensor_parallel import plan, problems
+from tests.ranks import run_on_ranks
+
+DECODERS = {
+    "llama": TransformerConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_length=16, vocab_size=51, qk_norm=True),
+    "gpt2": TransformerConfig(
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        max_length=16,
+        vocab_size=51,
+        position="learned",
+        norm="layer",
+        activation="gelu_tanh",
+        bias=True,
+        tie_embeddings=True,
+        initialisation="gpt2",
+    ),
+    "post-norm": TransformerConfig(
+        dim=32, n_layers=2, n_heads=4, max_length=16, vocab_size=51, position="sinusoidal", norm_position="post"
+    ),
+}
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(51, (2, 16), generator=draw), torch.tensor([[1] * 9 + [2] * 7, [1] * 16])
+
+
+def gradients(network: Transformer) -> dict[str, Tensor]:
+    tokens, documents = batch()
+    network.logits(network(tokens, documents)).logsumexp(-1).sum().backward()
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+
+def built(name: str) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(DECODERS[name])
+
+
+# Meta device
+
+
+def drawn_on_mesh(name: str, n_replicas: int, n_shards: int, n_tensor: int) -> dict[str, Tensor]:
+    """The initial weights, and the gradients, of a network built on the meta device and spread over a mesh."""
+    mesh = init_device_mesh("cpu", (n_replicas, n_shards, n_tensor), mesh_dim_names=("replicate", "shard", "tensor"))
+    with torch.device("meta"):
+        network = Transformer(DECODERS[name])
+
+    def shard(network: Transformer) -> None:
+        for block in network.blocks:
+            fully_shard(block, mesh=mesh["replicate", "shard"])
+        fully_shard(network, mesh=mesh["replicate", "shard"], reshard_after_forward=False)
+
+    apply(network, tensor_mesh=mesh["tensor"] if n_tensor > 1 else None, shard=shard)
+    torch.manual_seed(0)
+    materialise(network, torch.device("cpu"))
+    weights = gather(network.state_dict(), keep=True)
+    assert network.head.weight is network.embed.weight or not DECODERS[name].tie_embeddings
+    return {**weights, **{f"{name}.grad": g for name, g in gather(gradients(network), keep=True).items()}}
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 1, 2), (2, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_network_on_a_mesh_is_the_network(name: str, mesh: tuple[int, int, int]) -> None:
+    """Bit for bit the weights of a direct build; gradients to rounding (of the same data in each process)."""
+    direct = built(name)
+    expected = gradients(direct)
+    n = mesh[0] * mesh[1] * mesh[2]
+    for drawn in run_on_ranks(drawn_on_mesh, n, name, *mesh):
+        for parameter, weight in direct.state_dict().items():
+            assert torch.equal(drawn[parameter], weight), parameter
+        for parameter, gradient in expected.items():
+            torch.testing.assert_close(drawn[f"{parameter}.grad"], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_without_reset_parameters_is_named() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+    with torch.device("meta"):
+        network = Transformer(DECODERS["llama"])
+        network.blocks[1].scale = Scale()
+    with pytest.raises(
+        TypeError, match=r"blocks\.1\.scale \(Scale\) owns parameters or buffers but has no reset_param"
+    ):
+        materialise(network, torch.device("cpu"))
+
+
+# Tensor parallelism
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_plan_names_every_parameter(name: str) -> None:
+    network = built(name)
+    owners = {owner.rpartition(".")[0] for owner, _ in network.named_parameters(remove_duplicate=False)}
+    assert set(plan(network)) == owners
+
+
+def test_widths_that_cannot_be_shared() -> None:
+    config = TransformerConfig(dim=24, n_layers=1, n_heads=3, n_kv_heads=1, ffn_dim=10, max_length=8, vocab_size=7)
+    assert problems(config, 4) == [
+        "strategy.tensor_parallel_size: 4 - must divide model.n_heads, which is 3 - change one of the two",
+        "strategy.tensor_parallel_size: 4 - must divide model.n_kv_heads, which is 1 - change one of the two",
+        "strategy.tensor_parallel_size: 4 - must divide model.ffn_dim, which is 10 - change one of the two",
+    ]
+    assert problems(config, 1) == []
+    assert FSDP(replicate_size=2).problems(config, 3) == [
+        "strategy.replicate_size x strategy.tensor_parallel_size: 2 x 1 - must divide the 3 processes of the run - "
+        "change them, or trainer.devices and trainer.num_nodes"
+    ]
+
+
+# Activation checkpointing, and compiling
+
+
+class Saved:
+    """Bytes that autograd keeps between forward and backward."""
+
+    def __init__(self) -> None:
+        self.n_bytes = 0
+
+    def __enter__(self) -> Saved:
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hooks.__exit__()
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        self.n_bytes += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_checkpointing_changes_no_bit(checkpointing: Checkpointing, name: str) -> None:
+    """Dropout included: the second forward draws what the first drew."""
+    expected, got = [], []
+    for gathered, what in ((expected, "none"), (got, checkpointing)):
+        network = built(name)
+        for module in network.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+        apply(network, checkpointing=what)
+        torch.manual_seed(2)
+        gathered.append(gradients(network))
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_full_checkpointing_keeps_the_input_of_a_block_only() -> None:
+    kept = {}
+    for checkpointing in ("none", "full"):
+        network = built("llama")
+        apply(network, checkpointing=checkpointing)
+        tokens, documents = batch()
+        hidden = network.embed(tokens).requires_grad_()
+        mask = network._mask(tokens, documents, None)
+        with Saved() as saved:
+            network.blocks[0](hidden, mask, None)
+        kept[checkpointing] = saved.n_bytes
+    assert kept["full"] == 2 * 16 * 32 * 4
+    assert kept["none"] > 10 * kept["full"]
+
+
+@pytest.mark.parametrize(("checkpointing", "sharded"), [("none", False), ("full", True), ("selective", True)])
+def test_blocks_compile_whole_and_once(checkpointing: Checkpointing, sharded: bool) -> None:
+    """One graph for all blocks, without a break, inside activation checkpointing's and outside sharding's hooks."""
+    from torch._dynamo.utils import counters
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        torch._dynamo.reset()
+        counters.clear()
+        expected = gradients(built("llama"))
+        network = built("llama")
+        mesh = init_device_mesh("cpu", (1,))
+
+        def shard(network: Transformer) -> None:
+            for block in network.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(network, mesh=mesh, reshard_after_forward=False)
+
+        apply(network, checkpointing=checkpointing, compile=True, shard=shard if sharded else None)
+        got = gather(gradients(network), keep=True)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 1
+        assert not counters["graph_break"]
+    finally:
+        torch._dynamo.reset()
+        dist.destroy_process_group()
