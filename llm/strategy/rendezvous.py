@@ -39,6 +39,7 @@ class Rendezvous:
     def __init__(self, here: Place, store: dist.Store | None) -> None:
         self.here = here
         self.store = store
+        self.left = False  # together with the others
 
     def arrive(self, patience_s: float = ARRIVAL_S) -> None:
         """Return when every rank has come here.
@@ -83,8 +84,8 @@ class Rendezvous:
 
     def first_to_fail(self) -> bool:
         """Tell the others that this rank fails; whether it is the first to, whose message is the one to read."""
-        if self.store is None:
-            return True
+        if self.store is None or self.left:
+            return self.here.rank == 0  # who left together has one reason
         mine = str(self.here.rank)
         try:
             self.store.set_timeout(datetime.timedelta(seconds=_FAILURE_S))
@@ -96,6 +97,7 @@ class Rendezvous:
 
     def leave(self) -> None:
         """Return when every rank has come here too, so that none is killed for lingering; or after a while."""
+        self.left = True
         if self.store is None:
             return
         keys = [f"left/{rank}" for rank in range(self.here.world_size)]

@@ -13,10 +13,13 @@ import pytest
 from tests.launch.jobs import ROOT, Start, command
 
 
+OTHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "OMP_NUM_THREADS")
+
+
 @pytest.fixture(autouse=True)
 def _no_launcher_here(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [*os.environ]:
-        if name.startswith(("LLM_", "SLURM_", "MASTER_", "TORCHELASTIC_")) or name in ("NODE_RANK", "OMP_NUM_THREADS"):
+        if name.startswith(("LLM_", "SLURM_", "MASTER_", "TORCHELASTIC_")) or name in OTHERS:
             monkeypatch.delenv(name)
 
 

@@ -139,6 +139,7 @@ def test_ranks_leave_together() -> None:
         gate.set()
         assert [future.result(10) for future in both] == [None, None]
     assert left == [1, 0]
+    assert [one.first_to_fail(), two.first_to_fail()] == [True, False], "rank 0 says why they left"
 
 
 @pytest.fixture
