@@ -76,9 +76,13 @@ def _first_is_me() -> bool:
     return True
 
 
+def _nothing() -> None:
+    pass
+
+
 @contextlib.contextmanager
-def guarded(first: Callable[[], bool] = _first_is_me) -> Iterator[None]:
-    """Run the body; leave the process with the exit code of what it raises, after one line on stderr.
+def guarded(first: Callable[[], bool] = _first_is_me, then: Callable[[], None] = _nothing) -> Iterator[None]:
+    """Run the body; leave the process with the exit code of what it raises, after one line on stderr, and `then`.
 
     A bug prints its traceback. Among several ranks only that prints for which `first` is true.
     """
@@ -94,6 +98,7 @@ def guarded(first: Callable[[], bool] = _first_is_me) -> Iterator[None]:
         try:
             if not silent and _is_first(first):
                 _say(error, code)
+            then()
         finally:  # whatever happens while speaking, a second Ctrl-C or a closed pipe
             _leave(code)
 

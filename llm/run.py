@@ -28,7 +28,7 @@ from llm.config import ConfigError, check, wandb_offline
 from llm.data import TextData
 from llm.exit import RunExistsError, as_rank, finished, guarded, recorded, write_end
 from llm.launch import place
-from llm.strategy import DirectoryIO, Environment, Rendezvous, first_to_fail, leave, meet
+from llm.strategy import DirectoryIO, Environment, Rendezvous, first_to_fail, leave, meet, see_off
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def run(cfg: DictConfig) -> Outcome:
 def main(cfg: DictConfig) -> None:
     """`run`, for a shell: a mistake of the user's is one line, a bug a traceback, and each has its exit code."""
     speak()
-    with guarded(first_to_fail):
+    with guarded(first_to_fail, see_off):
         try:
             run(cfg)
         except PreemptedError:
@@ -274,6 +274,7 @@ def _quiet() -> None:
     os.environ.setdefault("WANDB_CONSOLE", "off")  # the progress bar is no record worth keeping
     for message in (
         ".*does not have many workers.*",
+        ".*FSDP2-wrapped module .* returned a view tensor.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*`srun` command is available on your system but is not used.*",
         ".*your dataloader is not resumable.*",

@@ -22,7 +22,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +52,7 @@ def run_on_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout_s: float = 
 
     Each rank finds the variables of a rank started by hand, with a MASTER_PORT that is free, the working directory and
     the other variables of the caller, and a default gloo group. A test of how that group is made destroys it first.
-    Nothing else of the test's process is there: no fixture, no monkeypatch.
+    Random generators are seeded with the rank. Nothing else of the test's process is there: no fixture, no monkeypatch.
 
     Args:
         fn: a function at the top of a module, which each rank imports by name.
@@ -155,11 +154,11 @@ class _Nursery:
         theirs.close()
         atexit.register(self.close)
 
-    def fork(self, rank: int, n: int, store: str, output: int) -> tuple[int, Connection]:
+    def fork(self, rank: int, n: int, output: int, store: int) -> tuple[int, Connection]:
         """A new rank's process id, and the way to talk to it."""
         ours, theirs = (Connection(end.detach()) for end in socket.socketpair())
         try:
-            socket.send_fds(self.control, [pickle.dumps((rank, n, store))], [theirs.fileno(), output])
+            socket.send_fds(self.control, [pickle.dumps((rank, n))], [theirs.fileno(), output, store])
             theirs.close()
             return ours.recv(), ours
         except (EOFError, OSError):
@@ -197,9 +196,9 @@ class _Pool:
     def __init__(self, n: int, nursery: _Nursery) -> None:
         self.nursery = nursery
         self.outputs = [os.memfd_create(f"rank {rank}") for rank in range(n)]
-        self.directory = tempfile.TemporaryDirectory(prefix="ranks-")
-        store = os.path.join(self.directory.name, "store")
-        ranks = [nursery.fork(rank, n, store, output) for rank, output in enumerate(self.outputs)]
+        store = os.memfd_create("store")  # a file that nobody has to delete
+        ranks = [nursery.fork(rank, n, output, store) for rank, output in enumerate(self.outputs)]
+        os.close(store)
         self.pids, self.links = zip(*ranks, strict=True)
 
     def run(self, call: _Call, timeout_s: float) -> list[_Outcome]:
@@ -314,31 +313,31 @@ def _serve(control_fd: int, preload: Sequence[str]) -> None:
                 os.close(ready)
                 control.send(pickle.dumps((pid, at, _bury(pid))))
                 continue
-            message, fds, *_ = socket.recv_fds(control, 4096, 2)
+            message, fds, *_ = socket.recv_fds(control, 4096, 3)
             if not message:  # the session is over
                 for pid in children.values():
                     _bury(pid)
                 os._exit(0)
-            rank, n, store = pickle.loads(message)
-            pid = _fork(rank, n, store, fds, (control_fd, *children))
+            rank, n = pickle.loads(message)
+            pid = _fork(rank, n, fds, (control_fd, *children))
             children[os.pidfd_open(pid)] = pid
 
 
-def _fork(rank: int, n: int, store: str, theirs: Sequence[int], not_theirs: Sequence[int]) -> int:
+def _fork(rank: int, n: int, theirs: Sequence[int], not_theirs: Sequence[int]) -> int:
     pid = os.fork()
-    link, output = theirs
     if pid:
         os.setpgid(pid, pid)
-        os.close(link)
-        os.close(output)
+        for fd in theirs:
+            os.close(fd)
         return pid
+    link, output, store = theirs
     try:
         _die_with_parent()
         os.dup2(output, 1)
         os.dup2(output, 2)
         for fd in (output, *not_theirs):
             os.close(fd)
-        _obey(rank, n, store, Connection(link))
+        _obey(rank, n, f"/proc/self/fd/{store}", Connection(link))
     except BaseException:
         traceback.print_exc()
     finally:
@@ -363,14 +362,12 @@ def _obey(rank: int, n: int, store: str, link: Connection) -> None:
     import torch.distributed as dist
 
     faulthandler.enable()
-    initial = torch.get_rng_state(), numpy.random.get_state(), random.getstate()
     link.send(os.getpid())
     group = None
     while True:
         call = link.recv()
-        torch.set_rng_state(initial[0])
-        numpy.random.set_state(initial[1])
-        random.setstate(initial[2])
+        for seed in (torch.manual_seed, numpy.random.seed, random.seed):
+            seed(rank)  # not one seed for all: each rank of a real run starts with its own
         torch.set_default_dtype(torch.float32)
         torch.set_num_threads(1)
         os.environ.clear()
@@ -386,6 +383,7 @@ def _obey(rank: int, n: int, store: str, link: Connection) -> None:
             link.send(_Outcome("raised", time.monotonic(), line, traceback.format_exc()))
             os._exit(1)  # its sockets closed, the others need not wait for it
         gc.collect()
+        gc.freeze()  # mostly modules that the call imported
         fit = dist.group.WORLD is group and len(dist.distributed_c10d._world.pg_map) <= _MAX_GROUPS
         link.send(_Outcome("returned", time.monotonic(), "returned", result=result, fit=fit))
 

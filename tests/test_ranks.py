@@ -81,6 +81,8 @@ def test_a_call_finds_nothing_of_the_one_before() -> None:
     after = run_on_ranks(state, 2)
     assert after == before
     assert before[0][0] != os.getpid()
+    drawn = [random.Random(rank).random() for rank in range(2)]
+    assert [seen[-1] for seen in before] == drawn
 
 
 def test_a_call_that_ends_the_process_group_is_the_last_of_its_ranks() -> None:
@@ -190,7 +192,7 @@ def test_a_test_that_is_interrupted_leaves_no_rank() -> None:
 def test_what_a_failing_rank_started_ends_with_it(tmp_path: Path) -> None:
     with pytest.raises(RankError, match="exited with code 4"):
         run_on_ranks(start_a_process, 2, tmp_path / "pid")
-    assert not alive(int((tmp_path / "pid").read_text()))
+    assert read(int((tmp_path / "pid").read_text()), "cmdline") == b""  # which even a zombie has not
 
 
 def test_results_that_cannot_travel_are_refused() -> None:
@@ -231,7 +233,9 @@ def test_no_process_outlives_a_session_wherever_it_starts(tmp_path: Path) -> Non
     (tmp_path / "trials" / "deep").mkdir(parents=True)
     (tmp_path / "trials" / "deep" / "test_deep.py").write_text(DEEP)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "trials")]
-    done = subprocess.run(command, cwd="/", env=marked(tmp_path), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd="/", env=os.environ | {MARK: str(tmp_path)}, capture_output=True, text=True, check=False
+    )
     assert "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     assert "Failed: Timeout (>1.0s) from pytest-timeout" in done.stdout
     assert processes(tmp_path) == []
@@ -246,7 +250,9 @@ def test_no_process_outlives_a_session_that_is_killed(tmp_path: Path) -> None:
         f"from pathlib import Path; ranks.run_on_ranks(Path.write_text, 2, Path({str(told)!r}), 'ready')\n"
         f"import time; ranks.run_on_ranks(time.sleep, 2, 600)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], env=marked(tmp_path), cwd=tmp_path) as session:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {MARK: str(tmp_path)}, cwd=tmp_path
+    ) as session:
         assert select.select([fifo], [], [], 60)[0], "no rank came up within 60 s"
         os.close(fifo)
         pidfds = [os.pidfd_open(pid) for pid in processes(tmp_path)]
@@ -385,18 +391,10 @@ def open_file() -> IO[str]:
 
 
 # ---- who is there ----------------------------------------------------------------------------------------------------
-def marked(mark: Path) -> dict[str, str]:
-    return {**os.environ, MARK: str(mark)}
-
-
 def processes(mark: Path) -> list[int]:
     """Those that were started with this mark, or forked from one that was."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
     return [pid for pid in pids if f"{MARK}={mark}".encode() in read(pid, "environ").split(b"\0")]
-
-
-def alive(pid: int) -> bool:
-    return bool(read(pid, "cmdline"))  # a process that has ended has none, even if nobody has noticed yet
 
 
 def read(pid: int, name: str) -> bytes:

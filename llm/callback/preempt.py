@@ -40,7 +40,8 @@ class Preempt(Callback):
         """Take the signals over from Lightning, whose handlers save and synchronise inside the handler."""
         self._any_told, self._received = AnyRaised(), None
         self._owner = os.getpid()
-        self._previous = {number: signal.signal(number, self._note) for number in _EXIT_CODES}
+        heard = [number for number in _EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores
+        self._previous = {number: signal.signal(number, self._note) for number in heard}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -82,6 +82,12 @@ def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+def split(batch: Batch, size: int) -> list[Batch]:
+    """Micro-batches of `size` rows; the last may have fewer."""
+    n_rows = len(batch["tokens"])
+    return [{name: value[at : at + size] for name, value in batch.items()} for at in range(0, n_rows, size)]
+
+
 def label_bytes(labels: np.ndarray, token_bytes: np.ndarray) -> np.ndarray:
     """int64 [B]: UTF-8 bytes of the text that `labels` [B, T] stand for."""
     predicted = labels != IGNORED

@@ -16,7 +16,7 @@ from annotated_types import Ge
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from llm.data.collate import Batch, Step, assemble_mixture, label_bytes, to_batch
+from llm.data.collate import Step, assemble_mixture, label_bytes, split, to_batch
 from llm.data.order import Order
 from llm.data.prepare import FORMAT, Held, Recipe, Rows, prepare_rows, prepare_tokenizer, prepare_tokens
 from llm.data.source import DataError, Files, Source, digest
@@ -215,19 +215,20 @@ class TextData(LightningDataModule):
         )
         return self._loader(steps, _From(self.next_batch, n_steps))
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[Any]:
-        """This process's share of the held-out rows: equally many batches in each, every row once over all."""
+    def val_dataloader(self) -> DataLoader[Step] | list[Any]:
+        """This process's share of the held-out rows, `batch_size` at a time over all processes; every row once."""
         rank, world_size = self._place()
         if not self._prepared.val:
             return []
-        batches = ValBatches(
+        steps = ValSteps(
             list(self._prepared.val.values()),
-            (rank, world_size, self.micro_batch_size or self.batch_size // world_size),
+            self.batch_size,
+            (rank, world_size, self.micro_batch_size),
             self.document_mask,
             self.tokenizer.pad_id,
             self.tokenizer.token_bytes,
         )
-        return self._loader(batches, _From(0, len(batches)))
+        return self._loader(steps, _From(0, len(steps)))
 
     def _place(self) -> tuple[int, int]:
         """Which share of each batch is this process's: the strategy knows, as several processes may have the same."""
@@ -293,43 +294,42 @@ class TrainSteps(Dataset[Step]):
         share = len(slots.row) // world_size
         mine = slice(rank * share, (rank + 1) * share)
         arrays = assemble_mixture(self.sources, slots.source[mine], slots.row[mine], self.document_mask, self.pad_id)
-        size = micro_batch_size or share
-        batch = to_batch(arrays)
-        pieces = [{name: value[at : at + size] for name, value in batch.items()} for at in range(0, share, size)]
-        return Step(index, pieces)
+        return Step(index, split(to_batch(arrays), micro_batch_size or share))
 
 
-class ValBatches(Dataset[Batch]):
-    """Held-out rows in order. The last batch is shorter; a process that has no row left for it gets an empty one."""
+class ValSteps(Dataset[Step]):
+    """The held-out rows in order, so many at a time over all processes that step N has the same rows for any number of
+    them. The last step is shorter; a process that has fewer rows left for it than others gets an empty one.
+    """
 
     def __init__(
         self,
         sources: list[Rows],
-        place: tuple[int, int, int],
+        batch_size: int,
+        place: tuple[int, int, int | None],
         document_mask: bool,
         pad_id: int,
         token_bytes: np.ndarray,
     ) -> None:
-        self.sources, self.place = sources, place
+        self.sources, self.batch_size, self.place = sources, batch_size, place
         self.document_mask, self.pad_id, self.token_bytes = document_mask, pad_id, token_bytes
         self.ends = np.cumsum([len(rows) for rows in sources])
 
     def __len__(self) -> int:
-        _, world_size, size = self.place
-        return -(-int(self.ends[-1]) // (world_size * size))
+        return -(-int(self.ends[-1]) // self.batch_size)
 
-    def __getitem__(self, index: int) -> Batch:
-        rank, world_size, size = self.place
-        first = index * world_size * size
-        size = min(size, -(-(int(self.ends[-1]) - first) // world_size))
-        sample = first + rank * size + np.arange(size)
+    def __getitem__(self, index: int) -> Step:
+        rank, world_size, micro_batch_size = self.place
+        first = index * self.batch_size
+        share = -(-min(self.batch_size, int(self.ends[-1]) - first) // world_size)
+        sample = first + rank * share + np.arange(share)
         source = np.searchsorted(self.ends, sample, side="right")
         empty = source == len(self.ends)
         source[empty] = 0
         row = np.where(empty, -1, sample - (self.ends - np.diff(self.ends, prepend=0))[source])
         arrays = assemble_mixture(self.sources, source, row, self.document_mask, self.pad_id)
         arrays["n_bytes"] = label_bytes(arrays["labels"], self.token_bytes)
-        return to_batch(arrays)
+        return Step(index, split(to_batch(arrays), micro_batch_size or share))
 
 
 class _From(Sampler[int]):

@@ -191,9 +191,10 @@ class Objective(L.LightningModule):
 
     # Validation
 
-    def validation_step(self, batch: Batch, batch_index: int) -> None:
-        """Add this batch's sums; nothing is read back until the end."""
-        self.val_totals.add(self.validation_totals(batch))
+    def validation_step(self, batch: Step, batch_index: int) -> None:
+        """Add the sums of as many rows as a training step has; nothing is read back until the end."""
+        for micro_batch in batch.micro_batches:
+            self.val_totals.add(self.validation_totals(micro_batch))
 
     def on_validation_epoch_end(self) -> None:
         """One reduction for the whole set; `callback_metrics` is where checkpoints and early stopping look."""

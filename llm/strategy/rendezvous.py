@@ -6,6 +6,7 @@ take as long as preparing the data takes, and a process that fails can say so to
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import json
@@ -89,23 +90,34 @@ class Rendezvous:
         mine = str(self.here.rank)
         try:
             self.store.set_timeout(datetime.timedelta(seconds=_FAILURE_S))
-            return self.store.compare_set("failed", "", mine).decode() == mine
-        except (
-            RuntimeError
-        ):  # the host has left, so it was not this rank that failed first; but nobody may have said why
+            first = self.store.compare_set("failed", "", mine).decode() == mine
+            self.store.set(f"left/{mine}", "")
+        except RuntimeError:  # the host has left, so it failed before this rank; but it may not have said why
             return True
+        return first
+
+    def see_off(self) -> None:
+        """The host of the store stays until the others know that it failed, who could only say that it is gone.
+
+        Not once they train: then they learn it from their collectives, as soon as it has left.
+        """
+        if self.store is None or self.left or self.here.rank > 0 or dist.is_initialized():
+            return
+        with contextlib.suppress(RuntimeError):
+            self.store.wait(self._all_left(), datetime.timedelta(seconds=_FAILURE_S))
 
     def leave(self) -> None:
         """Return when every rank has come here too, so that none is killed for lingering; or after a while."""
         self.left = True
         if self.store is None:
             return
-        keys = [f"left/{rank}" for rank in range(self.here.world_size)]
-        try:
-            self.store.set(keys[self.here.rank], "")
-            self.store.wait(keys, datetime.timedelta(seconds=_FAREWELL_S))
-        except RuntimeError:
-            return  # all is done and saved: who hosts the store may have left a moment ago
+        # All is done and saved: who hosts the store may have left a moment ago.
+        with contextlib.suppress(RuntimeError):
+            self.store.set(f"left/{self.here.rank}", "")
+            self.store.wait(self._all_left(), datetime.timedelta(seconds=_FAREWELL_S))
+
+    def _all_left(self) -> list[str]:
+        return [f"left/{rank}" for rank in range(self.here.world_size)]
 
     def _await(self, key: str) -> None:
         assert self.store is not None
@@ -144,6 +156,12 @@ def current() -> Rendezvous:
 def first_to_fail() -> bool:
     """Whether the error that ends this process is the one to show, of those that end the others as well."""
     return place().rank == 0 if _current is None else _current.first_to_fail()
+
+
+def see_off() -> None:
+    """What is left to do for a process that fails, and has said so."""
+    if _current is not None:
+        _current.see_off()
 
 
 def leave() -> None:

@@ -45,13 +45,30 @@ class Whole(ParallelStyle):
         return DTensor.from_local(value, device_mesh, [self.placement], run_check=False)
 
 
+class VocabularyParallel(RowwiseParallel):
+    """An embedding whose rows, tokens, are split: each rank looks its own ones up, and the sum has them all."""
+
+    def __init__(self) -> None:
+        super().__init__(input_layouts=Replicate())
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def settle(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            # Still on its way, the sum is a tensor of another class, whose gradient a compiled block loses (torch
+            # 2.13).
+            return output.clone()
+
+        module = super()._apply(module, device_mesh)
+        module.register_forward_hook(settle)
+        return module
+
+
 def plan(model: nn.Module) -> dict[str, ParallelStyle]:
     """Name of every submodule with parameters -> how it is split: heads, hidden channels and the vocabulary by rank.
 
     Two all-reduces in each direction of a block, one for the embedding, an all-gather for the logits.
     """
     styles: dict[str, ParallelStyle] = {
-        "embed": RowwiseParallel(input_layouts=Replicate()),
+        "embed": VocabularyParallel(),
         "head": ColwiseParallel(output_layouts=Replicate()),
         "blocks.*.attention.query": ColwiseParallel(),
         "blocks.*.attention.key": ColwiseParallel(),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llm.data import DataError, Files, TextData
 from llm.data.collate import IGNORED, Step
-from llm.data.module import TrainSteps, ValBatches
+from llm.data.module import TrainSteps, ValSteps
 from llm.tokenizer import ByteLevelBPE, Bytes
 from tests.data.conftest import make_texts, write_jsonl
 
@@ -182,15 +182,20 @@ class TestSteps:
 
 class TestValidation:
     @pytest.mark.parametrize("world", [1, 2, 3, 5])
-    @pytest.mark.parametrize("size", [1, 4, 7, 100])
-    def test_each_row_once_and_equally_many_batches(self, folder: Path, world: int, size: int) -> None:
+    @pytest.mark.parametrize("size", [1, 4, 7, None])
+    def test_each_row_once_and_equally_many_batches(self, folder: Path, world: int, size: int | None) -> None:
+        """30 rows a step: shared by any of these numbers of processes, whose last step may have a row less."""
         data = mixture(folder)
         sources = list(data._prepared.val.values())
         n_rows = sum(map(len, sources))
         tables = [
-            ValBatches(sources, (rank, world, size), True, 256, data.tokenizer.token_bytes) for rank in range(world)
+            ValSteps(sources, 30, (rank, world, size), True, 256, data.tokenizer.token_bytes) for rank in range(world)
         ]
-        batches = [[table[index] for index in range(len(table))] for table in tables]
+        steps = [[table[index] for index in range(len(table))] for table in tables]
+        for index in range(len(steps[0])):
+            rows = joined([batch for mine in steps for batch in mine[index].micro_batches])["samples"]
+            assert sorted(rows[rows >= 0].tolist()) == list(range(index * 30, min(n_rows, index * 30 + 30)))
+        batches = [[batch for step in mine for batch in step.micro_batches] for mine in steps]
         assert len({len(mine) for mine in batches}) == 1
         shapes = [[batch["tokens"].shape for batch in mine] for mine in batches]
         assert all(mine == shapes[0] for mine in shapes)
@@ -204,11 +209,10 @@ class TestValidation:
         assert everything["n_bytes"].sum() == sum(len(text.encode()) for text in data.val_texts())
 
     def test_the_last_batch_is_shorter(self, folder: Path) -> None:
-        data = make(folder, batch_size=77, micro_batch_size=7)
-        n_rows = len(data._prepared.val["files"])
-        assert n_rows % 7
-        sizes = [len(batch["samples"]) for batch in data.val_dataloader()]
-        assert sizes == [7] * (n_rows // 7) + [n_rows % 7]
+        data = make(folder, batch_size=20, micro_batch_size=4)
+        assert len(data._prepared.val["files"]) == 30
+        sizes = [[len(batch["samples"]) for batch in step.micro_batches] for step in data.val_dataloader()]
+        assert sizes == [[4, 4, 4, 4, 4], [4, 4, 2]]
 
     @pytest.mark.parametrize("recipe", [Bytes(), ByteLevelBPE(300)])
     def test_val_texts_are_the_held_out_documents(self, folder: Path, recipe: Any) -> None:

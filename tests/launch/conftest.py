@@ -12,7 +12,6 @@ import pytest
 
 from tests.launch.jobs import ROOT, Start, command
 
-
 OTHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "OMP_NUM_THREADS")
 
 

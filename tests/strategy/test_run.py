@@ -38,7 +38,8 @@ class Validated(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         with open(Path(self.folder) / f"rank{trainer.global_rank}", "a") as file:
-            file.writelines(f"{sample}\n" for sample in batch["samples"].tolist() if sample >= 0)
+            samples = [sample for part in batch.micro_batches for sample in part["samples"].tolist()]
+            file.writelines(f"{sample}\n" for sample in samples if sample >= 0)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,8 @@ def evaluated(overrides: list[str]) -> dict[str, float]:
 
 
 def test_a_checkpoint_is_evaluated_by_any_strategy(places: list[str], tmp_path: Path) -> None:
-    arguments = [*places, f"run_dir={tmp_path / 'run'}"]
+    """On the same rows, where they are limited too: a batch of validation is a batch over all processes."""
+    arguments = [*places, f"run_dir={tmp_path / 'run'}", "trainer.limit_val_batches=1"]
     trained = run_composed([*arguments, "strategy=single"]).metrics
     alone = run_composed([*arguments, "stage=validate"]).metrics
     sharded = run_on_ranks(evaluated, 4, [*arguments, "stage=validate", *FSDP_TP, "trainer.devices=4"])
