@@ -63,19 +63,20 @@ def run(cfg: DictConfig) -> Outcome:
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
     agree(cfg, built(cfg.model), data, built(cfg.strategy), together.here)
     agree_with_first(cfg, together.share("config", lambda: OmegaConf.to_container(cfg, resolve=True)))
-    return _validate(cfg, data, together) if cfg.stage == "validate" else _fit(cfg, data, together)
+    try:
+        outcome = _validate(cfg, data, together) if cfg.stage == "validate" else _fit(cfg, data, together)
+    except PreemptedError:
+        leave()  # all of them have saved, and stop
+        raise
+    leave()
+    return outcome
 
 
 def main(cfg: DictConfig) -> None:
     """`run`, for a shell: a mistake of the user's is one line, a bug a traceback, and each has its exit code."""
     speak()
     with guarded(first_to_fail, see_off):
-        try:
-            run(cfg)
-        except PreemptedError:
-            leave()
-            raise
-        leave()
+        run(cfg)
 
 
 def prepare(cfg: DictConfig) -> None:
@@ -267,6 +268,8 @@ def _quiet() -> None:
         warnings.simplefilter("ignore")
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Compiled, selective checkpointing is warned of for operations in place, of which a block has none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     # Where it warns that a checkpoint gathers weights spread over two axes one axis after the other.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     if wandb_offline():  # where the files lie is said at the end; online, people want the link

@@ -81,8 +81,7 @@ def test_a_call_finds_nothing_of_the_one_before() -> None:
     after = run_on_ranks(state, 2)
     assert after == before
     assert before[0][0] != os.getpid()
-    drawn = [random.Random(rank).random() for rank in range(2)]
-    assert [seen[-1] for seen in before] == drawn
+    assert [seen[-1] for seen in before] == [random.Random(rank).random() for rank in range(2)]
 
 
 def test_a_call_that_ends_the_process_group_is_the_last_of_its_ranks() -> None:
@@ -228,14 +227,13 @@ def test_modules_that_ranks_cannot_be_forked_with_are_named(monkeypatch: pytest.
 
 def test_no_process_outlives_a_session_wherever_it_starts(tmp_path: Path) -> None:
     """A project whose tests lie deep, as ours do, and run into pytest-timeout."""
-    options = f'pythonpath = [".", "{ROOT}"]\naddopts = "--import-mode=importlib"\n'
-    (tmp_path / "pyproject.toml").write_text(f"[tool.pytest.ini_options]\n{options}")
+    options = f'[tool.pytest.ini_options]\npythonpath = [".", "{ROOT}"]\naddopts = "--import-mode=importlib"'
+    (tmp_path / "pyproject.toml").write_text(options)
     (tmp_path / "trials" / "deep").mkdir(parents=True)
     (tmp_path / "trials" / "deep" / "test_deep.py").write_text(DEEP)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "trials")]
-    done = subprocess.run(
-        command, cwd="/", env=os.environ | {MARK: str(tmp_path)}, capture_output=True, text=True, check=False
-    )
+    environ = os.environ | {MARK: str(tmp_path)}
+    done = subprocess.run(command, cwd="/", env=environ, capture_output=True, text=True, check=False)
     assert "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
     assert "Failed: Timeout (>1.0s) from pytest-timeout" in done.stdout
     assert processes(tmp_path) == []
@@ -250,9 +248,7 @@ def test_no_process_outlives_a_session_that_is_killed(tmp_path: Path) -> None:
         f"from pathlib import Path; ranks.run_on_ranks(Path.write_text, 2, Path({str(told)!r}), 'ready')\n"
         f"import time; ranks.run_on_ranks(time.sleep, 2, 600)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], env=os.environ | {MARK: str(tmp_path)}, cwd=tmp_path
-    ) as session:
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {MARK: str(tmp_path)}) as session:
         assert select.select([fifo], [], [], 60)[0], "no rank came up within 60 s"
         os.close(fifo)
         pidfds = [os.pidfd_open(pid) for pid in processes(tmp_path)]

@@ -14,7 +14,7 @@ from annotated_types import Gt
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.optim import Optimizer
 
 from llm import reduce
@@ -154,7 +154,6 @@ class FSDP(ModelParallelStrategy):
         for block in network.blocks:
             fully_shard(block, mesh=mesh, mp_policy=self._policy, reshard_after_forward=self.reshard_after_forward)
         fully_shard(network, mesh=mesh, mp_policy=self._policy, reshard_after_forward=False)
-        register_fsdp_forward_method(network, "logits")
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Generator[None]:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from llm.launch import Place
 from llm.strategy.rendezvous import current
 
+_joined = False  # by us: a group that was there before stays when we leave
+
 
 def join_process_group(here: Place, device: torch.device, timeout_s: float) -> None:
     """Initialise the default process group, of one process too; if there is one already, that one serves.
@@ -21,6 +23,7 @@ def join_process_group(here: Place, device: torch.device, timeout_s: float) -> N
         device: what this process computes on.
         timeout_s: after which a collective that some rank does not join is an error.
     """
+    global _joined
     if dist.is_initialized():
         return
     store = current().store
@@ -33,6 +36,16 @@ def join_process_group(here: Place, device: torch.device, timeout_s: float) -> N
         timeout=datetime.timedelta(seconds=timeout_s),
         device_id=device if cuda else None,
     )
+    _joined = True
+
+
+def leave() -> None:
+    """End together with the other processes, when nobody has anything to send any more."""
+    global _joined
+    current().leave()
+    if _joined:
+        dist.destroy_process_group()
+        _joined = False
 
 
 def seed_dropout(data_rank: int) -> None:

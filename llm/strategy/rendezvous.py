@@ -164,14 +164,6 @@ def see_off() -> None:
         _current.see_off()
 
 
-def leave() -> None:
-    """End together with the other processes; a process group that is still open is closed."""
-    if _current is not None:
-        _current.leave()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def share_run_id(here: Place) -> None:
     """Give every process the run id that rank 0 makes, before the configuration is composed, which names the run."""
     rendezvous = Rendezvous(here, dist.PrefixStore("run_id", _connect(here)))

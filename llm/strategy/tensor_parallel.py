@@ -45,6 +45,21 @@ class Whole(ParallelStyle):
         return DTensor.from_local(value, device_mesh, [self.placement], run_check=False)
 
 
+class SharedInput(ParallelStyle):
+    """The module's first argument, whole on every rank, once for all the projections that read it.
+
+    So their gradients, of which each rank has a part, are added before they are summed over the ranks: one all-reduce
+    instead of one per projection.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return DTensor.from_local(inputs[0], device_mesh, [Replicate()], run_check=False), *inputs[1:]
+
+        module.register_forward_pre_hook(enter)
+        return module
+
+
 class VocabularyParallel(RowwiseParallel):
     """An embedding whose rows, tokens, are split: each rank looks its own ones up, and the sum has them all."""
 
@@ -63,19 +78,22 @@ class VocabularyParallel(RowwiseParallel):
 
 
 def plan(model: nn.Module) -> dict[str, ParallelStyle]:
-    """Name of every submodule with parameters -> how it is split: heads, hidden channels and the vocabulary by rank.
+    """Name of a submodule -> how it is split: heads, hidden channels and the vocabulary by rank.
 
-    Two all-reduces in each direction of a block, one for the embedding, an all-gather for the logits.
+    Two all-reduces in each direction of a block, one for the embedding, and for the logits an all-gather forward and an
+    all-reduce back.
     """
     styles: dict[str, ParallelStyle] = {
         "embed": VocabularyParallel(),
         "head": ColwiseParallel(output_layouts=Replicate()),
+        "blocks.*.attention": SharedInput(),
         "blocks.*.attention.query": ColwiseParallel(),
         "blocks.*.attention.key": ColwiseParallel(),
         "blocks.*.attention.value": ColwiseParallel(),
         "blocks.*.attention.out": RowwiseParallel(),
         "blocks.*.attention.query_norm": Whole(Shard(2)),  # [B, T, H, K]
         "blocks.*.attention.key_norm": Whole(Shard(2)),
+        "blocks.*.feed_forward": SharedInput(),
         "blocks.*.feed_forward.gate": ColwiseParallel(),
         "blocks.*.feed_forward.up": ColwiseParallel(),
         "blocks.*.feed_forward.down": RowwiseParallel(),
@@ -87,10 +105,15 @@ def plan(model: nn.Module) -> dict[str, ParallelStyle]:
     return {
         name: style
         for name, module in model.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
         for pattern, style in styles.items()
-        if fnmatchcase(name, pattern)
+        if _matches(name, pattern) and not isinstance(module, nn.Identity)
     }
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Part by part: `*` stands for one name between two dots."""
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
 def split(model: Transformer, mesh: DeviceMesh) -> None:

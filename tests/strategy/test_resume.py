@@ -64,6 +64,7 @@ def test_preempted_run_equals_uninterrupted(
         "data.micro_batch_size=1",
         "trainer.max_steps=7",
         "callback.sample.prompts=[a]",
+        "callback.sample.max_new_tokens=2",
         "packages=[tests]",
     ]
     run_on_ranks(run_composed, n, [*settings, f"run_dir={tmp_path / 'whole'}"])
@@ -106,6 +107,7 @@ def test_another_strategy_goes_on(before: str, after: str, corpus: Path, cache_d
             *strategy,
             "model.dropout=0",
             "schedule=constant",
+            "~callback.sample",
             f"trainer.devices={n}",
             f"trainer.max_steps={max_steps}",
             f"data.path={corpus}",

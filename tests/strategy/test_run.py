@@ -115,6 +115,7 @@ def test_a_checkpoint_is_evaluated_by_any_strategy(places: list[str], tmp_path: 
 
 def test_weights_of_one_process_start_a_run_of_many(places: list[str], tmp_path: Path) -> None:
     """The first loss of the new run is that of the old weights."""
+    places = [*places, "trainer.max_steps=2", "schedule.warmup_steps=0", "~callback.sample"]
     run_composed([*places, f"run_dir={tmp_path / 'first'}", "schedule=constant"])
     fresh = [*places, f"init_from={tmp_path / 'first'}", "model.dropout=0", "callback.metrics.every_n_steps=1"]
     run_composed([*fresh, f"run_dir={tmp_path / 'one'}"])
