@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> None:
 def start() -> None:
     """Refuse what is wrong before anything is started; know which process this is before the run gets its name."""
     here = place()
-    as_rank(here.rank, here.world_size)
+    as_rank(here.rank, here.world_size, watched=here.launcher == "launch")
     if here.world_size > 1 and not NAMED:
         from llm.strategy import share_run_id
 

@@ -37,7 +37,7 @@ _LOST = (
 )
 STAND_BACK_S = 5.0  # how long rank 0 may need, on a busy machine, to say why all ranks end
 
-_rank, _n_ranks = 0, 1
+_rank, _n_ranks, _watched = 0, 1, False
 
 
 class RunExistsError(ValueError):
@@ -52,10 +52,16 @@ class LostPeerError(Exception):
     exit_code = LOST
 
 
-def as_rank(rank: int, n_ranks: int) -> None:
-    """Say once a process which of the job's processes it is, for what `guarded` and `recorded` do."""
-    global _rank, _n_ranks
-    _rank, _n_ranks = rank, n_ranks
+def as_rank(rank: int, n_ranks: int, *, watched: bool = False) -> None:
+    """Say once a process which of the job's processes it is, for what `guarded` and `recorded` do.
+
+    Args:
+        rank: of this process.
+        n_ranks: of the job.
+        watched: by our launcher, which sees how each rank ends and tells a cause from what followed.
+    """
+    global _rank, _n_ranks, _watched
+    _rank, _n_ranks, _watched = rank, n_ranks, watched
 
 
 def exit_code(error: BaseException) -> int:
@@ -67,7 +73,7 @@ def exit_code(error: BaseException) -> int:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
-    if _lost_contact(error):
+    if lost_contact(error):
         return LOST
     return STORAGE if isinstance(error, OSError) else BUG
 
@@ -123,8 +129,16 @@ def recorded(run_dir: Path) -> Iterator[None]:
         code = exit_code(error)
         if code != 0:
             with contextlib.suppress(OSError):
-                cause = _lost_words(error) if code == LOST else f"{type(error).__name__}: {error}"
+                cause = lost_words(error) if code == LOST else f"{type(error).__name__}: {error}"
                 record(run_dir, code, cause, _rank if _n_ranks > 1 else None)
+        first = _read(run_dir)
+        if code == LOST and not _watched and first is not None and first["code"] not in (0, LOST):
+            # srun ends with the highest code of its tasks: ours must not be one that asks for another try.
+            lost = LostPeerError(
+                f"{lost_words(error)}; the cause is that of rank {first.get('rank')}: {first['cause']}"
+            )
+            lost.exit_code = first["code"]
+            raise lost from error
         raise
 
 
@@ -186,10 +200,10 @@ def _say(error: BaseException, code: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     text = str(error) or type(error).__name__
     prefix = f"rank {_rank}: " if _rank > 0 else ""
-    if code == BUG:
+    if code == BUG and not isinstance(error, LostPeerError):
         text = "".join(traceback.format_exception(error)).rstrip()
-    elif code == LOST:
-        text, prefix = _lost_words(error), f"rank {_rank}: "
+    elif code == LOST or isinstance(error, LostPeerError):
+        text, prefix = lost_words(error), f"rank {_rank}: "
     sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
     sys.stderr.flush()
 
@@ -208,7 +222,7 @@ def _leave(code: int) -> NoReturn:
         os._exit(code)
 
 
-def _lost_contact(error: BaseException) -> bool:
+def lost_contact(error: BaseException) -> bool:
     """Whether it began with torch.distributed missing a peer. Its classes are told by name: importing it is slow."""
     if _n_ranks == 1:
         return False
@@ -218,12 +232,12 @@ def _lost_contact(error: BaseException) -> bool:
     return network or (isinstance(origin, RuntimeError) and any(text in str(origin) for text in _LOST))
 
 
-def _lost_words(error: BaseException) -> str:
+def lost_words(error: BaseException, whom: str = "another rank") -> str:
     """What is said of a peer that is gone: in our words, or those of gloo without its source line and its advice."""
     if isinstance(error, LostPeerError):
         return str(error)
     reason = re.split(r"\. |\n", re.sub(r"^\[[^\]]*\] ", "", str(_origin(error))))[0]
-    return f"lost contact with another rank ({reason})"
+    return f"lost contact with {whom} ({reason})"
 
 
 def _origin(error: BaseException) -> BaseException:

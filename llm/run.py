@@ -58,7 +58,8 @@ def run(cfg: DictConfig) -> Outcome:
     _quiet()
     cfg.trainer.accelerator = _accelerator(cfg.trainer.accelerator)
     together = meet()
-    as_rank(together.here.rank, together.here.world_size)
+    here = together.here
+    as_rank(here.rank, here.world_size, watched=here.launcher == "launch")
     data: TextData = built(cfg.data)
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
     agree(cfg, built(cfg.model), data, built(cfg.strategy), together.here)
@@ -178,7 +179,7 @@ def _fit(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
         f"{run_dir}: {cfg.trainer.max_steps:,} steps of {data.tokens_per_step:,.0f} tokens, "
         f"{cfg.trainer.accelerator}{'' if world_size == 1 else f' x {world_size}'}, {cfg.trainer.precision}"
     )
-    with recorded(run_dir):
+    with recorded(run_dir), together.naming_lost():
         together.share("recording", lambda: True)  # rank 0 has taken the end of the last attempt away
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)

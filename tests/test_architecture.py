@@ -27,7 +27,7 @@ FLOORS: dict[str, set[str]] = {
     "strategy": {"model", "checkpoint", "config", "exit", "launch", "reduce"},
     "checkpoint": {"model", "tokenizer"},
     "generate": {"model", "tokenizer"},
-    "data": {"tokenizer"},
+    "data": {"tokenizer", "launch"},
     "metric": {"reduce"},
     "objective": {"model", "checkpoint", "metric", "reduce"},
     "callback": {"objective", "generate", "metric", "checkpoint", "data", "reduce"},

@@ -320,3 +320,21 @@ def test_a_rank_that_leaves_the_talking_to_the_first(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit) as left:
         exit.stand_back(64)
     assert (left.value.code, waited) == (64, [exit.STAND_BACK_S])
+
+
+def loses_contact(run_dir: Path) -> None:
+    with recorded(run_dir):
+        record(run_dir, 70, "RuntimeError: boom", 1)
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:7001")
+
+
+def test_who_lost_a_rank_leaves_with_the_code_of_what_ended_that_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun ends with the highest code of its tasks, and 76 would ask for another try of a bug."""
+    monkeypatch.setattr("llm.exit._n_ranks", 2)
+    with pytest.raises(LostPeerError) as lost:
+        loses_contact(tmp_path)
+    assert exit_code(lost.value) == 70
+    assert str(lost.value).endswith("7001); the cause is that of rank 1: RuntimeError: boom")
+    assert json.loads((tmp_path / "exit.json").read_text())["rank"] == 1

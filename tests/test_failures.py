@@ -36,7 +36,7 @@ CASES = {
     ("raises", "python"): (70, "rank 1: RuntimeError: boom\nrank 1 failed; its traceback is above", 70, 1),
     ("raises", "torchrun"): (1, "rank 1: RuntimeError: boom", 70, 1),
     ("leaves", "python"): (70, "rank 1 left early with exit code 0, while other ranks were still at work", 70, 1),
-    ("leaves", "torchrun"): (1, "rank 0: lost contact with another rank", 76, 0),
+    ("leaves", "torchrun"): (1, "rank 0: lost contact with rank 1", 76, 0),
 }
 
 

@@ -20,6 +20,7 @@ from llm.data.collate import Step, assemble_mixture, label_bytes, split, to_batc
 from llm.data.order import Order
 from llm.data.prepare import FORMAT, Held, Recipe, Rows, prepare_rows, prepare_tokenizer, prepare_tokens
 from llm.data.source import DataError, Files, Source, digest
+from llm.launch import die_with_parent
 from llm.tokenizer import Tokenizer
 
 
@@ -357,7 +358,11 @@ def _rows_report(rows: Rows) -> dict[str, Any]:
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """A cluster signals the whole process group: a worker that dies of it takes an unsaved run along."""
+    """A cluster signals the whole process group: a worker that dies of it takes an unsaved run along.
+
+    But it dies with its process, whose connections it has inherited: other ranks would take those for alive.
+    """
+    die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -6,7 +6,16 @@ launch(job_command(), n, run_dir=cfg.run_dir)            # else it starts n rank
 """
 
 from llm.launch.job import job_arguments, job_command, ranks_to_start
-from llm.launch.launcher import die_with_launcher, launch
+from llm.launch.launcher import die_with_launcher, die_with_parent, launch
 from llm.launch.place import Place, place
 
-__all__ = ["Place", "die_with_launcher", "job_arguments", "job_command", "launch", "place", "ranks_to_start"]
+__all__ = [
+    "Place",
+    "die_with_launcher",
+    "die_with_parent",
+    "job_arguments",
+    "job_command",
+    "launch",
+    "place",
+    "ranks_to_start",
+]

@@ -84,9 +84,14 @@ def die_with_launcher() -> None:
     launcher = os.environ.get(LAUNCHER)
     if launcher != str(os.getppid()):
         return  # not a rank of ours, or the launcher is gone already: place() refuses to go on
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if launcher != str(os.getppid()):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_parent() -> None:
+    """Let this process be killed when the one that started it ends, however that happens (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class _Ranks:

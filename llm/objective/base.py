@@ -147,7 +147,7 @@ class Objective(L.LightningModule):
         norm = self.clip_gradients_to_norm()
         optimizer.step()
         # At once, not before the next backward: the old gradients would live through the next forward.
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not getattr(self.trainer.strategy, "keeps_gradients", False))
         self.n_batches = batch.index + 1
         n_tokens = torch.stack([(m["documents"] > 0).sum() for m in batch.micro_batches]).sum()  # 0 marks padding
         one = torch.ones_like(norm)

@@ -26,6 +26,9 @@ class DDP(DDPStrategy):
         compile: compile each block with torch.compile.
     """
 
+    # Views into what is sent: set to None they would be made anew beside it, between micro-batches.
+    keeps_gradients = True
+
     def __init__(
         self,
         timeout_s: Annotated[float, Gt(0)] = 600,

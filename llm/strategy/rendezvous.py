@@ -11,19 +11,21 @@ import datetime
 import itertools
 import json
 import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch.distributed as dist
 
 from llm.config import ConfigError, run_id
-from llm.exit import LostPeerError
+from llm.exit import LostPeerError, lost_contact, lost_words
 from llm.launch import Place, place
 
 ARRIVAL_S = 60.0  # how long ranks wait for the last of them, all having been started at once
 _POLL_S = 0.1
 _FAREWELL_S = 30.0
+_SILENCE_S = 1.5  # between the first that notices a loss and the last
 _FAILURE_S = 5.0  # a host that is gone must not hold up the one that wants to tell it why it leaves
 
 T = TypeVar("T")
@@ -95,6 +97,41 @@ class Rendezvous:
         except RuntimeError:  # the host has left, so it failed before this rank; but it may not have said why
             return True
         return first
+
+    @contextlib.contextmanager
+    def naming_lost(self) -> Iterator[None]:
+        """If a collective in the body fails because a rank is gone, the error that comes out says which one.
+
+        Raises:
+            LostPeerError: in place of what the backend raised, which knows an address at best.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, LostPeerError) or not lost_contact(error):
+                raise
+            # torchrun and srun now end everybody: not before this rank has said and written down which one was lost.
+            with contextlib.suppress(ValueError):  # outside the main thread
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            raise LostPeerError(lost_words(error, f"rank {self._gone()}")) from error
+
+    def _gone(self) -> str:
+        """The rank that failed, or those that do not say within a moment that they have lost one too."""
+        assert self.store is not None
+        silent = set(range(self.here.world_size)) - {self.here.rank}
+        deadline = time.monotonic() + _SILENCE_S
+        try:
+            self.store.set_timeout(datetime.timedelta(seconds=_FAILURE_S))
+            self.store.set(f"lost/{self.here.rank}", "")
+            while time.monotonic() < deadline and not self.store.check(["failed"]):
+                silent -= {rank for rank in silent if self.store.check([f"lost/{rank}"])}
+                time.sleep(_POLL_S)
+            if self.store.check(["failed"]):
+                return self.store.get("failed").decode()
+        except RuntimeError:  # the host is gone, or has waited as long as this rank and has left
+            if len(silent) == self.here.world_size - 1:
+                return "0"
+        return ", ".join(map(str, sorted(silent))) or "another"
 
     def see_off(self) -> None:
         """The host of the store stays until the others know that it failed, who could only say that it is gone.

@@ -190,3 +190,32 @@ def test_lightning_is_silent_on_other_ranks(tmp_path: Path) -> None:
     assert rank_zero_only.rank == 2
     Environment(a_place(0, 1))
     rank_zero_only.rank = before
+
+
+def loses(one: Rendezvous) -> None:
+    """To be called in a thread of its own: the process would no longer listen to SIGTERM."""
+    with one.naming_lost():
+        raise RuntimeError("[pair.cc:1] Connection closed by peer [127.0.0.1]:7001. Check the logs.")
+
+
+def test_a_rank_that_went_without_a_word_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "lost_contact", lambda error: isinstance(error, RuntimeError))
+    one, _, three = ranks(3)
+    for error in each([lambda one=one: loses(one) for one in (one, three)]):  # type: ignore[misc]
+        assert isinstance(error, LostPeerError)
+        assert str(error) == "lost contact with rank 1 (Connection closed by peer [127.0.0.1]:7001)"
+
+
+def test_a_rank_that_said_it_failed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "lost_contact", lambda error: isinstance(error, RuntimeError))
+    one, two, _ = ranks(3)
+    assert two.first_to_fail()
+    [error] = each([lambda: loses(one)])
+    assert isinstance(error, LostPeerError)
+    assert str(error).startswith("lost contact with rank 1 (")
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    one, _ = ranks(2)
+    with pytest.raises(KeyError), one.naming_lost():
+        raise KeyError("weight")
