@@ -68,6 +68,8 @@ def agree_with_first(cfg: DictConfig, first: Any) -> None:
         ConfigError: with one line for each group or key that differs.
     """
     mine: Any = OmegaConf.to_container(cfg, resolve=True)
+    for settings in (mine, first):  # where a node's cache lies is its own affair, and only rank 0 logs
+        settings["logger"], settings["trainer"]["logger"], settings["data"]["cache_dir"] = None, None, None
     mistakes = [
         f"{key}: {value} - rank 0 has {first.get(key)} - start all ranks with the same command and files"
         for key, value in mine.items()

@@ -34,6 +34,8 @@ _LOST = (
     "remote process",
     "remote peer",
     "communicator was aborted",
+    "Connect timeout",
+    "wait timeout after",
 )
 STAND_BACK_S = 5.0  # how long rank 0 may need, on a busy machine, to say why all ranks end
 
@@ -228,7 +230,7 @@ def lost_contact(error: BaseException) -> bool:
         return False
     origin = _origin(error)
     names = {kind.__name__ for kind in type(origin).__mro__}
-    network = "DistNetworkError" in names and "EADDRINUSE" not in str(origin)
+    network = bool(names & {"DistNetworkError", "DistStoreError"}) and "EADDRINUSE" not in str(origin)
     return network or (isinstance(origin, RuntimeError) and any(text in str(origin) for text in _LOST))
 
 

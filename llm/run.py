@@ -137,6 +137,8 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
     )
     # Among several processes it broadcasts in every batch, and waits for the device, to learn of a SIGTERM.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    # Its handlers broadcast from inside the handler, and end a run that was told to go as if it were done.
+    trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer, built(cfg.objective)
 
 
@@ -180,9 +182,9 @@ def _fit(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
         f"{cfg.trainer.accelerator}{'' if world_size == 1 else f' x {world_size}'}, {cfg.trainer.precision}"
     )
     with recorded(run_dir), together.naming_lost():
-        together.share("recording", lambda: True)  # rank 0 has taken the end of the last attempt away
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
+        together.share("recording", lambda: True)  # rank 0 has taken the end of the last attempt away, and met W&B
         _entered(trainer.fit, objective, datamodule=data, ckpt_path=found)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from llm.checkpoint import step_name, steps
 from llm.checkpoint.rng import rng_state, set_rng_state
-from llm.reduce import gather_objects, rank
+from llm.reduce import gather_objects
 
 
 class Checkpoint(ModelCheckpoint):
@@ -49,16 +49,20 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The generators' states of every process, without which dropout would differ after a restart."""
-        checkpoint["rng"] = gather_objects(rng_state())
+        """The generators' states, without which dropout would differ after a restart: one of every share of the data.
+
+        Processes that share their data (tensor parallelism) draw the same, and have to.
+        """
+        states = gather_objects(rng_state())
+        checkpoint["rng"] = states[:: len(states) // self._share(trainer)["num_replicas"]]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the state until everything that draws numbers while it is being set up has done so.
 
         A process that had no part in the run before goes on with its own.
         """
-        states = checkpoint["rng"]
-        self._rng = states[rank()] if rank() < len(states) else None
+        states, mine = checkpoint["rng"], self._share(trainer)["rank"]
+        self._rng = states[mine] if mine < len(states) else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lightning calls checkpoint callbacks last, so nothing draws between here and the first step."""
@@ -80,6 +84,9 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_epoch_end(trainer, pl_module)
         save_step(trainer)
         self._prune(trainer)
+
+    def _share(self, trainer: L.Trainer) -> dict[str, int]:
+        return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
 
     def _prune(self, trainer: L.Trainer) -> None:
         """Remove the checkpoints of interruptions, which ModelCheckpoint does not know, when there is a newer one."""

@@ -36,8 +36,8 @@ class Preempt(Callback):
         self._received: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals over from Lightning, whose handlers save and synchronise inside the handler."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Listen from here on: whoever is told while the network is built saves after the first step."""
         self._any_told, self._received = AnyRaised(), None
         self._owner = os.getpid()
         heard = [number for number in _EXIT_CODES if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores

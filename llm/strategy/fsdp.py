@@ -26,7 +26,7 @@ from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of
 from llm.strategy.checkpoint_io import DirectoryIO
 from llm.strategy.materialise import materialise
-from llm.strategy.process_group import join_process_group, seed_dropout
+from llm.strategy.process_group import join_process_group, seed_dropout, set_timeout
 
 _AXES = ("replicate", "shard", "tensor")
 
@@ -99,7 +99,10 @@ class FSDP(ModelParallelStrategy):
         unit = self.replicate_size * self.tensor_parallel_size
         shape = (self.replicate_size, self.world_size // unit, self.tensor_parallel_size)
         self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=_AXES)
-        reduce.use(self._data_group())
+        data_group = self._data_group()
+        for group in [*self.device_mesh.get_all_groups(), *([data_group] if data_group else [])]:
+            set_timeout(group, self.timeout_s)  # a mesh makes its groups with torch's half hour
+        reduce.use(data_group)
         if self.precision_plugin.precision == "bf16-true":
             # fully_shard's own: Lightning's would cast the weights themselves.
             self._policy = MixedPrecisionPolicy(

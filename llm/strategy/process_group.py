@@ -27,6 +27,8 @@ def join_process_group(here: Place, device: torch.device, timeout_s: float) -> N
     if dist.is_initialized():
         return
     store = current().store
+    if store is not None:
+        store.set_timeout(datetime.timedelta(seconds=timeout_s))  # by which backends wait for each other at first
     cuda = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -51,3 +53,8 @@ def leave() -> None:
 def seed_dropout(data_rank: int) -> None:
     """Give each process with data of its own dropout of its own, once the weights, which are the same, are drawn."""
     torch.manual_seed(torch.initial_seed() + 1 + data_rank)
+
+
+def set_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
+    """Change when a collective over `group` that some rank does not join becomes an error."""
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)

@@ -72,18 +72,25 @@ class Rendezvous:
             value = make()
             self.store.set(name, json.dumps(value))
             return value
-        self._await(name)
+        self._await([name])
         return json.loads(self.store.get(name))
 
     def once_per_node(self, name: str, make: Callable[[], None]) -> None:
-        """Call `make` in the first process of each node; the others wait, however long it takes."""
+        """Call `make` in the first process of each node; all wait for all nodes, however long it takes."""
         if self.store is None:
             make()
-        elif self.here.local_rank == 0:
+            return
+        if self.here.local_rank == 0:
             make()
             self.store.set(f"{name}/{self.here.node_rank}", "")
-        else:
-            self._await(f"{name}/{self.here.node_rank}")
+        self._await([f"{name}/{self.here.node_rank}"])
+        # For all nodes: one whose cache is cold needs longer than a process group waits for its last member.
+        self.store.add(f"{name}/ready", 1)
+        if self.here.rank == 0:
+            while self.store.add(f"{name}/ready", 0) < self.here.world_size:
+                self._pause()
+            self.store.set(f"{name}/all", "")
+        self._await([f"{name}/all"])
 
     def first_to_fail(self) -> bool:
         """Tell the others that this rank fails; whether it is the first to, whose message is the one to read."""
@@ -151,17 +158,24 @@ class Rendezvous:
         # All is done and saved: who hosts the store may have left a moment ago.
         with contextlib.suppress(RuntimeError):
             self.store.set(f"left/{self.here.rank}", "")
-            self.store.wait(self._all_left(), datetime.timedelta(seconds=_FAREWELL_S))
+            if self.here.rank == 0:
+                self.store.wait(self._all_left(), datetime.timedelta(seconds=_FAREWELL_S))
+            else:  # rank 0 may have a summary to write and a logger to finish, for as long as that takes
+                self._await(["left/0"])
 
     def _all_left(self) -> list[str]:
         return [f"left/{rank}" for rank in range(self.here.world_size)]
 
-    def _await(self, key: str) -> None:
+    def _await(self, keys: list[str]) -> None:
         assert self.store is not None
-        while not self.store.check([key]):
-            if self.store.check(["failed"]):
-                raise LostPeerError(f"rank {self.store.get('failed').decode()} failed")
-            time.sleep(_POLL_S)
+        while not self.store.check(keys):
+            self._pause()
+
+    def _pause(self) -> None:
+        assert self.store is not None
+        if self.store.check(["failed"]):
+            raise LostPeerError(f"rank {self.store.get('failed').decode()} failed")
+        time.sleep(_POLL_S)
 
 
 _connection: tuple[Place, dist.Store] | None = None
