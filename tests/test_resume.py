@@ -88,3 +88,16 @@ def test_preempted_with_loader_workers_equals_uninterrupted(compose_run: Compose
     run(compose_run(*workers))
     assert_same_state(tmp_path / "whole", tmp_path / "run")
     assert rows(tmp_path / "whole") == rows(tmp_path / "run")
+
+
+class EarlySignal(Callback):
+    """Sends this process SIGTERM when the network has just been built."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_who_is_told_before_the_first_step_saves_after_it(compose_run: Compose) -> None:
+    signalled = "+callback.signal={_target_: tests.test_resume.EarlySignal}"
+    with pytest.raises(PreemptedError, match=r"SIGTERM: saved .*step-00000001"):
+        run(compose_run(signalled, "packages=[tests]"))

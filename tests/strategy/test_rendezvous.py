@@ -219,3 +219,45 @@ def test_other_errors_stay_what_they_are() -> None:
     one, _ = ranks(2)
     with pytest.raises(KeyError), one.naming_lost():
         raise KeyError("weight")
+
+
+def test_rank_0_may_take_its_time_to_leave() -> None:
+    """It writes the summary; who had left before would look as if it had given up."""
+    gone: list[int] = []
+    gate = threading.Event()
+    one, two = ranks(2)
+
+    def slow() -> None:
+        assert gate.wait(10)
+        gone.append(0)
+        one.leave()
+
+    def quick() -> None:
+        two.leave()
+        gone.append(1)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(quick), pool.submit(slow)]
+        gate.set()
+        assert [future.result(10) for future in both] == [None, None]
+    assert gone == [0, 1]
+
+
+def test_nodes_wait_for_the_node_whose_cache_is_cold() -> None:
+    done: list[int] = []
+    gate = threading.Event()
+    nodes = ranks(2, n_per_node=1)
+
+    def warm() -> None:
+        nodes[0].once_per_node("data", gate.set)
+        done.append(0)
+
+    def cold() -> None:
+        def make() -> None:
+            assert gate.wait(10)
+            done.append(1)
+
+        nodes[1].once_per_node("data", make)
+
+    assert each([warm, cold]) == [None, None]
+    assert done == [1, 0]

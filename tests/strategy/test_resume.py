@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from llm.callback import PreemptedError
 from llm.checkpoint import newest, read
+from llm.strategy import FSDP
 from tests.ranks import run_on_ranks
 from tests.runs import run_composed
 from tests.test_resume import rows
@@ -127,3 +129,34 @@ def test_another_strategy_goes_on(before: str, after: str, corpus: Path, cache_d
     losses = [[row["train/loss"] for row in run if "train/loss" in row and row["step"] > 4] for run in (whole, moved)]
     assert len(losses[0]) > 0
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+class Drawing(Callback):
+    """Writes down, before each step, the state of the rank's generator, and the timeouts of its groups."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(trainer.strategy, FSDP)
+        groups = trainer.strategy.device_mesh.get_all_groups()
+        timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+        state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        with open(Path(self.folder) / f"rank{trainer.global_rank}", "a") as file:
+            file.write(f"{state} {timeouts}\n")
+
+
+def test_ranks_with_the_same_data_draw_the_same_dropout(corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """Also after a run of one process, whose generator has no heir but the first share of the data."""
+    settings = ["~callback.sample", f"data.path={corpus}", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}"]
+    run_composed([*settings, "schedule=constant", "trainer.max_steps=2", "schedule.warmup_steps=0"])
+    tensor = ["strategy=fsdp", "strategy.tensor_parallel_size=2", "trainer.devices=4", "strategy.timeout_s=77"]
+    watch = f"+callback.drawing={{_target_: tests.strategy.test_resume.Drawing, folder: {tmp_path}}}"
+    more = ["schedule=constant", "trainer.max_steps=4", "schedule.warmup_steps=0", "data.micro_batch_size=1"]
+    run_on_ranks(run_composed, 4, [*settings, *tensor, *more, watch, "packages=[tests]"])
+    drawn = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in range(4)]
+    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
+    assert len(drawn[0]) == 2
+    assert all(line.endswith("[77.0, 77.0, 77.0]") for line in drawn[0]), "strategy.timeout_s holds for every axis"
