@@ -9,22 +9,32 @@ Importing this package loads no torch, so that a mistake in a configuration is r
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llm.model.config import TransformerConfig
+from llm.model.config import RopeScaling, TransformerConfig, config_from
 
 if TYPE_CHECKING:
     from llm.model.block import Block
     from llm.model.cache import Cache
     from llm.model.initialisation import initialise
-    from llm.model.transformer import Transformer
+    from llm.model.transformer import Source, Transformer
 
 _HOMES = {
     "Block": "llm.model.block",
     "Cache": "llm.model.cache",
+    "Source": "llm.model.transformer",
     "Transformer": "llm.model.transformer",
     "initialise": "llm.model.initialisation",
 }
 
-__all__ = ["Block", "Cache", "Transformer", "TransformerConfig", "initialise"]
+__all__ = [
+    "Block",
+    "Cache",
+    "RopeScaling",
+    "Source",
+    "Transformer",
+    "TransformerConfig",
+    "config_from",
+    "initialise",
+]
 
 
 def __getattr__(name: str) -> Any:

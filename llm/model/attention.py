@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from llm.model.cache import LayerCache
 from llm.model.config import TransformerConfig
-from llm.model.initialisation import Linear, residual_std
+from llm.model.initialisation import linear
 from llm.model.mask import Mask
 from llm.model.norm import build_norm
 from llm.model.position import Rotation, rotate
@@ -22,11 +22,12 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_width
         self.dropout = config.dropout
+        self.scale = None if config.scale_attention else 1.0  # None: the kernel's own, 1 / sqrt(head_dim)
         query_dim, key_dim = config.n_heads * self.head_dim, config.kv_heads * self.head_dim
-        self.query = Linear(config.dim, query_dim, bias=config.bias)
-        self.key = Linear(config.dim, key_dim, bias=config.bias)
-        self.value = Linear(config.dim, key_dim, bias=config.bias)
-        self.out = Linear(query_dim, config.dim, bias=config.bias, std=residual_std(config))
+        self.query = linear(config, config.dim, query_dim, bias=bool(config.bias), role="query")
+        self.key = linear(config, config.dim, key_dim, bias=bool(config.bias))
+        self.value = linear(config, config.dim, key_dim, bias=bool(config.bias))
+        self.out = linear(config, query_dim, config.dim, bias=config.bias is True, role="residual")
         self.query_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.key_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 
@@ -34,9 +35,7 @@ class Attention(nn.Module):
         self, hidden: Tensor, mask: Mask, rotation: Rotation | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Hidden [B, T, D] -> [B, T, D]; with a cache, its keys and values come before the new ones."""
-        query, key, value = (
-            project(hidden).unflatten(-1, (-1, self.head_dim)) for project in (self.query, self.key, self.value)
-        )  # [B, T, H, K], [B, T, G, K] twice
+        query, key, value = (self._heads(project, hidden) for project in (self.query, self.key, self.value))
         query, key = self.query_norm(query), self.key_norm(key)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
@@ -44,8 +43,19 @@ class Attention(nn.Module):
         query, key, value = (heads.to(value.dtype).transpose(1, 2) for heads in (query, key, value))
         if cache is not None:
             key, value = cache.append(key, value)
+        return self._attend(query, key, value, mask)
+
+    def _heads(self, project: nn.Module, hidden: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, H or G, K]."""
+        return project(hidden).unflatten(-1, (-1, self.head_dim))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
+        """Heads [B, H, T, K] and [B, G, S, K] twice -> [B, T, D]."""
+        visible = mask.visible
+        if visible is not None and visible.is_floating_point():
+            visible = visible.to(query.dtype)
         grouped = query.shape[1] != key.shape[1]
-        if grouped and mask.visible is not None:
+        if grouped and visible is not None:
             # On CUDA no fused kernel takes grouped heads with a mask: it would fall to the one that keeps all scores.
             n_queries = query.shape[1] // key.shape[1]
             key, value = (heads.repeat_interleave(n_queries, dim=1) for heads in (key, value))
@@ -54,9 +64,30 @@ class Attention(nn.Module):
             query,
             key,
             value,
-            attn_mask=mask.visible,
+            attn_mask=visible,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask.causal,
+            scale=self.scale,
             enable_gqa=grouped,
         )
         return self.out(context.transpose(1, 2).flatten(-2))
+
+
+class CrossAttention(Attention):
+    """Attention whose keys and values come from the encoder's hidden states, the memory (Vaswani et al. 2017)."""
+
+    def forward(  # type: ignore[override]  # it has another input
+        self, hidden: Tensor, memory: Tensor | None, mask: Mask, cache: LayerCache | None = None
+    ) -> Tensor:
+        """Hidden [B, T, D], memory [B, S, D] -> [B, T, D]; a cache keeps the memory's keys and values, and from then on
+        the memory is not needed."""
+        query = self.query_norm(self._heads(self.query, hidden))
+        if cache is not None and cache.memory is not None:
+            key, value = cache.memory
+        else:
+            assert memory is not None, "cross-attention without a memory"
+            key, value = self.key_norm(self._heads(self.key, memory)), self._heads(self.value, memory)
+            key, value = (heads.to(value.dtype).transpose(1, 2) for heads in (key, value))
+            if cache is not None:
+                cache.memory = key, value
+        return self._attend(query.to(value.dtype).transpose(1, 2), key, value, mask)

@@ -1,7 +1,8 @@
 """The description of a Transformer, as `conf/model/*.yaml` writes it. No torch: it is checked before that loads."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
 
@@ -9,28 +10,67 @@ Count = Annotated[int, Gt(0)]
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary wavelengths stretched for a longer context than they were trained on, as Llama 3.1 did (Grattafiori et
+    al. 2024, arXiv:2407.21783): those longer than original_length / low_freq_factor by `factor`, those shorter than
+    original_length / high_freq_factor not at all, the ones between in part.
+    """
+
+    factor: Annotated[float, Gt(0)]
+    low_freq_factor: Annotated[float, Gt(0)]
+    high_freq_factor: Annotated[float, Gt(0)]
+    original_length: Count
+
+    def __post_init__(self) -> None:
+        """Raise ValueError unless there is room between the two factors."""
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor = {self.low_freq_factor}: must be below high_freq_factor = "
+                f"{self.high_freq_factor}; Llama 3.1 has 1 and 4"
+            )
+
+
+@dataclass(frozen=True)
 class TransformerConfig:
-    """A decoder: causal self-attention and feed-forward blocks between an embedding and a vocabulary head.
+    """Blocks of attention and feed-forward between an embedding and a vocabulary head, in one of three families:
+
+    decoder          each token sees those before it (Radford et al. 2018)
+    encoder          each token sees all; a transform before the head (Devlin et al. 2019, arXiv:1810.04805)
+    encoder_decoder  a decoder that also looks at what an encoder made of a source (Vaswani et al. 2017)
 
     dim             width of the residual stream
+    n_layers        blocks; of an encoder_decoder in each stack, unless n_decoder_layers says otherwise
     n_kv_heads      key/value heads, each shared by n_heads / n_kv_heads query heads (Ainslie et al. 2023,
                     arXiv:2305.13245); null = n_heads (multi-head), 1 = multi-query (Shazeer 2019, arXiv:1911.02150)
     head_dim        width of one head; null = dim / n_heads
-    ffn_dim         hidden width of the feed-forward; null = 4 dim, and for swiglu, which has a third matrix, 8/3 dim
-                    rounded up to a multiple of 64 (Shazeer 2020, arXiv:2002.05202, keeps the parameters equal)
+    ffn_dim         hidden width of the feed-forward; null = 4 dim, and for gated ones, which have a third matrix, 8/3
+                    dim rounded up to a multiple of 64 (Shazeer 2020, arXiv:2002.05202, keeps the parameters equal)
     vocab_size      null = the tokenizer's
     max_length      context in tokens. Learned positions end there; the others have no end, but generation stops there
-    position        rotary (Su et al. 2021, arXiv:2104.09864), learned, or sinusoidal (Vaswani et al. 2017,
-                    arXiv:1706.03762)
-    rope_theta      base of the rotary wavelengths, 2π to 2π·rope_theta positions
+    position        rotary (Su et al. 2021, arXiv:2104.09864), learned, sinusoidal (Vaswani et al. 2017,
+                    arXiv:1706.03762), or relative: a learned bias on the scores by distance, one table for all layers
+                    of a stack (Raffel et al. 2020, arXiv:1910.10683), in relative_buckets up to relative_distance
+    rope_theta      base of the rotary wavelengths, 2π to 2π·rope_theta positions; local_rope_theta in layers with a
+                    window, null = the same
+    rope_scaling    see RopeScaling
+    n_segments      vectors for the parts of a pair, added to the embedding (Devlin et al. 2019); 0 = none
+    window          a token sees so many tokens, itself among them (Beltagy et al. 2020, arXiv:2004.05150); in an
+                    encoder window // 2 on each side
+    global_every    layers 0, n, 2n … see everything, only the others the window (Warner et al. 2024,
+                    arXiv:2412.13663); null = all have the window
     norm            rms (Zhang and Sennrich 2019, arXiv:1910.07467) or layer (Ba et al. 2016, arXiv:1607.06450)
     norm_position   pre: x + f(norm(x)), and a last norm before the head; post: norm(x + f(x)) (Vaswani et al. 2017)
+    embed_norm      a norm right after the embeddings; with pre, the first block then has none before its attention
     activation      gelu; gelu_tanh, its approximation in GPT-2 (both Hendrycks and Gimpel 2016, arXiv:1606.08415);
-                    swiglu; relu_squared (So et al. 2021, arXiv:2109.08668)
+                    relu; silu; relu_squared (So et al. 2021, arXiv:2109.08668); gated: swiglu, geglu, geglu_tanh
     qk_norm         normalise queries and keys per head, before the rotation (Henry et al. 2020, arXiv:2010.04245)
-    bias            biases in the linear layers of the blocks and in layer norms; the head never has one
-    dropout         on embeddings, attention weights and the output of both halves of a block
+    bias            biases in the linear layers of the blocks and in layer norms; qkv: only in those three projections
+    scale_attention divide scores by sqrt(head_dim); T5 has that in its initial weights instead
+    scale_logits    divide hidden states by sqrt(dim) before the head, as T5 with its tied one
+    dropout         on embeddings, attention weights and the output of each part of a block
     tie_embeddings  the head's weight is the embedding's (Press and Wolf 2016, arXiv:1608.05859)
+    head_bias       a bias in the vocabulary head
+    next_sentence   a pooler and a classifier of pairs on the first token (Devlin et al. 2019)
     initialisation  see llm.model.initialisation
     """
 
@@ -38,27 +78,56 @@ class TransformerConfig:
     n_layers: Count
     n_heads: Count
     max_length: Count
+    family: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    n_decoder_layers: Count | None = None
     vocab_size: Count | None = None
     n_kv_heads: Count | None = None
     head_dim: Count | None = None
     ffn_dim: Count | None = None
-    position: Literal["rotary", "learned", "sinusoidal"] = "rotary"
+    position: Literal["rotary", "learned", "sinusoidal", "relative"] = "rotary"
     rope_theta: Annotated[float, Gt(0)] = 10000.0
+    local_rope_theta: Annotated[float, Gt(0)] | None = None
+    rope_scaling: RopeScaling | None = None
+    relative_buckets: Annotated[int, Ge(4)] = 32
+    relative_distance: Annotated[int, Ge(4)] = 128
+    n_segments: Annotated[int, Ge(0)] = 0
+    window: Count | None = None
+    global_every: Count | None = None
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: Annotated[float, Gt(0)] = 1e-5
     norm_position: Literal["pre", "post"] = "pre"
-    activation: Literal["gelu", "gelu_tanh", "swiglu", "relu_squared"] = "swiglu"
+    embed_norm: bool = False
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu", "relu_squared", "swiglu", "geglu", "geglu_tanh"] = "swiglu"
     qk_norm: bool = False
-    bias: bool = False
+    bias: bool | Literal["qkv"] = False
+    scale_attention: bool = True
+    scale_logits: bool = False
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     tie_embeddings: bool = False
-    initialisation: Literal["gpt2", "llama"] = "llama"
+    head_bias: bool = False
+    next_sentence: bool = False
+    initialisation: Literal["gpt2", "llama", "bert", "t5", "vaswani"] = "llama"
 
     def __post_init__(self) -> None:
         """Raise ValueError with every rule between keys that does not hold."""
-        problems = self._problems()
+        problems = self._problems() or self._problems_of_family() + self._problems_of_position()
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def decoder_layers(self) -> int:
+        """Blocks of the decoder; 0 in an encoder."""
+        return 0 if self.family == "encoder" else self.n_decoder_layers or self.n_layers
+
+    @property
+    def encoder_layers(self) -> int:
+        """Blocks of the encoder; 0 in a decoder."""
+        return 0 if self.family == "decoder" else self.n_layers
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a third matrix."""
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
     @property
     def kv_heads(self) -> int:
@@ -75,10 +144,15 @@ class TransformerConfig:
         """What ffn_dim comes to."""
         if self.ffn_dim:
             return self.ffn_dim
-        return -(-8 * self.dim // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.dim
+        return -(-8 * self.dim // (3 * 64)) * 64 if self.gated else 4 * self.dim
+
+    def has_window(self, layer: int) -> bool:
+        """Whether block `layer` of a stack sees only the window."""
+        return self.window is not None and (self.global_every is None or layer % self.global_every != 0)
 
     def _problems(self) -> list[str]:
-        counts = ("dim", "n_layers", "n_heads", "max_length", "vocab_size", "n_kv_heads", "head_dim", "ffn_dim")
+        counts = ["dim", "n_layers", "n_heads", "max_length", "vocab_size", "n_kv_heads", "head_dim", "ffn_dim"]
+        counts += ["n_decoder_layers", "window", "global_every"]
         problems = [
             f"model.{key} = {value}: must be at least 1"
             for key in counts
@@ -107,6 +181,56 @@ class TransformerConfig:
                 f"take {self.dim + 1}"
             )
         return problems
+
+    def _problems_of_family(self) -> list[str]:
+        """Keys that would do nothing in this family."""
+        only = {
+            "n_decoder_layers": ("encoder_decoder",),
+            "n_segments": ("encoder",),
+            "next_sentence": ("encoder",),
+            "window": ("encoder", "decoder"),
+        }
+        return [
+            f"model.{key} = {getattr(self, key)}: there is none in model.family={self.family}, only in "
+            f"{' and '.join(families)}; leave the key out"
+            for key, families in only.items()
+            if getattr(self, key) and self.family not in families
+        ]
+
+    def _problems_of_position(self) -> list[str]:
+        """Keys that would do nothing beside the others."""
+        problems = []
+        if self.global_every is not None and self.window is None:
+            problems.append(
+                f"model.global_every = {self.global_every}: without model.window all layers see everything; set it too"
+            )
+        for key in ("rope_scaling", "local_rope_theta"):
+            if getattr(self, key) is not None and self.position != "rotary":
+                problems.append(
+                    f"model.{key} = {getattr(self, key)}: is for model.position=rotary, not {self.position}; "
+                    "leave it null"
+                )
+        if self.local_rope_theta is not None and self.window is None:
+            problems.append(
+                f"model.local_rope_theta = {self.local_rope_theta}: is for layers with a window; set model.window, "
+                "or model.rope_theta for all layers"
+            )
+        if self.position == "relative" and self.relative_distance <= self.relative_buckets // 2:
+            problems.append(
+                f"model.relative_distance = {self.relative_distance}: must be more than half of "
+                f"model.relative_buckets = {self.relative_buckets}, which the nearest tokens have each for itself"
+            )
+        return problems
+
+
+def config_from(node: Mapping[str, Any]) -> TransformerConfig:
+    """The configuration that the `model` node of a config.yaml describes."""
+    values = {key: value for key, value in node.items() if key != "_target_"}
+    if values.get("rope_scaling") is not None:
+        scaling = dict(values["rope_scaling"])
+        scaling.pop("_target_", None)
+        values["rope_scaling"] = RopeScaling(**scaling)
+    return TransformerConfig(**values)
 
 
 def _divisors(n: int) -> str:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.model.config import TransformerConfig
-from llm.model.initialisation import Linear, residual_std
+from llm.model.initialisation import linear
 
 
 def relu_squared(hidden: Tensor) -> Tensor:
@@ -15,24 +15,29 @@ def relu_squared(hidden: Tensor) -> Tensor:
     return F.relu(hidden).square()
 
 
+# A gated activation is named after what its gate goes through.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "swiglu": F.silu,
+    "relu": F.relu,
+    "silu": F.silu,
     "relu_squared": relu_squared,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
 }
 
 
 class FeedForward(nn.Module):
-    """down(f(up(x))); with swiglu, down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+    """down(f(up(x))); gated, down(f(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        gated = config.activation == "swiglu"
-        self.gate = Linear(config.dim, config.ffn_width, bias=config.bias) if gated else None
-        self.up = Linear(config.dim, config.ffn_width, bias=config.bias)
-        self.down = Linear(config.ffn_width, config.dim, bias=config.bias, std=residual_std(config))
+        bias = config.bias is True
+        self.gate = linear(config, config.dim, config.ffn_width, bias=bias) if config.gated else None
+        self.up = linear(config, config.dim, config.ffn_width, bias=bias)
+        self.down = linear(config, config.ffn_width, config.dim, bias=bias, role="residual")
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""

@@ -20,4 +20,4 @@ def build_norm(config: TransformerConfig, width: int) -> nn.Module:
     """A norm over the last `width` channels."""
     if config.norm == "rms":
         return RMSNorm(width, eps=config.norm_eps)
-    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias is True)

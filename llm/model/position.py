@@ -1,6 +1,7 @@
-"""Where a token stands: learned and sinusoidal vectors are added to the embedding, rotations are applied to heads.
+"""Where a token stands: learned and sinusoidal vectors are added to the embedding, rotations are applied to heads, and
+relative positions are added to the scores.
 
-Nothing here is a stored table except the learned one. Angles are computed in fp32 from the positions, once per forward
+Nothing here is a stored table except the learned ones. Angles are computed in fp32 from the positions, once per forward
 for all layers: that costs less than one norm, has no end, needs no buffer to survive a meta-device build, and cannot be
 rounded to bf16 by a cast of the module (at position 4,000 bf16 has a resolution of 16).
 """
@@ -10,22 +11,36 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llm.model.config import TransformerConfig
-from llm.model.initialisation import Embedding
+from llm.model.config import RopeScaling, TransformerConfig
+from llm.model.initialisation import embedding
 
 Rotation = tuple[Tensor, Tensor]  # cosine and signed sine of `rotate`, each [.., T, 1, K], fp32
 
 
-def _angles(positions: Tensor, width: int, theta: float) -> Tensor:
-    """Angle of each position at wavelengths growing geometrically from 2π to 2π·theta: [.., T] -> [.., T, width/2]."""
-    exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    # A product, not torch.outer: as a matmul, autocast would do it in bf16.
-    return positions.unsqueeze(-1).float() * theta**-exponents
+def _frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    """Of wavelengths growing geometrically from 2π to 2π·theta: fp32 [width/2]."""
+    return theta ** -(torch.arange(0, width, 2, device=device, dtype=torch.float32) / width)
 
 
-def build_rotation(positions: Tensor, head_dim: int, theta: float) -> Rotation:
+def _scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Long waves stretched, short ones kept, those between in part (see RopeScaling)."""
+    turns = scaling.original_length * frequencies / (2 * math.pi)  # in the context that was trained on
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+def _angles(positions: Tensor, frequencies: Tensor) -> Tensor:
+    """[.., T], [width/2] -> [.., T, width/2]. A product, not torch.outer: as a matmul, autocast would do it in bf16."""
+    return positions.unsqueeze(-1).float() * frequencies
+
+
+def build_rotation(positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Rotation:
     """The rotations of rotary embedding (Su et al. 2021, arXiv:2104.09864) for positions [T] or [B, T]."""
-    angles = _angles(positions, head_dim, theta).unsqueeze(-2)  # [.., T, 1, K/2]: the same for every head
+    frequencies = _frequencies(head_dim, theta, positions.device)
+    if scaling is not None:
+        frequencies = _scaled(frequencies, scaling)
+    angles = _angles(positions, frequencies).unsqueeze(-2)  # [.., T, 1, K/2]: the same for every head
     cosine, sine = angles.cos(), angles.sin()
     return torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
 
@@ -45,7 +60,7 @@ class LearnedPosition(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.table = Embedding(config.max_length, config.dim)
+        self.table = embedding(config, config.max_length, config.dim)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         return hidden + self.table(positions)
@@ -59,6 +74,38 @@ class SinusoidalPosition(nn.Module):
     """
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        angles = _angles(positions, hidden.shape[-1], 10000.0)
+        angles = _angles(positions, _frequencies(hidden.shape[-1], 10000.0, positions.device))
         waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
         return hidden * math.sqrt(hidden.shape[-1]) + waves.to(hidden.dtype)
+
+
+class RelativePosition(nn.Module):
+    """A trained bias on the scores for each head and distance (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+
+    Near distances have a bucket each, farther ones share buckets that grow geometrically, and all from
+    relative_distance on share the last one. Where both sides are seen, each has half of the buckets.
+    """
+
+    def __init__(self, config: TransformerConfig, *, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.n_buckets = config.relative_buckets
+        self.max_distance = config.relative_distance
+        self.table = embedding(config, config.relative_buckets, config.n_heads, "hidden")
+
+    def forward(self, offsets: Tensor) -> Tensor:
+        """Key place less query place [T, S] -> [1, H, T, S]."""
+        return self.table(self.buckets(offsets)).permute(2, 0, 1).unsqueeze(0)
+
+    def buckets(self, offsets: Tensor) -> Tensor:
+        """The bucket of each offset, 0 to n_buckets - 1."""
+        n_buckets, side = self.n_buckets, torch.zeros_like(offsets)
+        if self.causal:
+            distance = (-offsets).clamp(min=0)
+        else:
+            n_buckets //= 2
+            side, distance = (offsets > 0) * n_buckets, offsets.abs()
+        n_near = n_buckets // 2
+        growth = torch.log(distance.clamp(min=1).float() / n_near) / math.log(self.max_distance / n_near)
+        far = n_near + (growth * (n_buckets - n_near)).long()
+        return side + torch.where(distance < n_near, distance, far.clamp(max=n_buckets - 1))

@@ -1,7 +1,7 @@
 """The whole network, from tokens to hidden states to logits."""
 
 from collections.abc import Callable
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +9,25 @@ from torch import Tensor, nn
 from llm.model.block import Block
 from llm.model.cache import Cache
 from llm.model.config import TransformerConfig
-from llm.model.initialisation import Embedding, Linear
-from llm.model.mask import Mask, causal_mask, document_mask
-from llm.model.norm import build_norm
-from llm.model.position import LearnedPosition, Rotation, SinusoidalPosition, build_rotation
+from llm.model.head import Head, Transform
+from llm.model.initialisation import embedding, linear
+from llm.model.mask import Places
+from llm.model.stack import Memory, Stack
+
+
+class Source(NamedTuple):
+    """What an encoder-decoder's encoder reads; tokens, documents and positions as `Transformer.forward` has them, all
+    [B, S]."""
+
+    tokens: Tensor
+    documents: Tensor | None = None
+    positions: Tensor | None = None
 
 
 class Transformer(nn.Module):
-    """A decoder. `model(tokens)` gives hidden states, `model.logits(hidden)` the scores of the vocabulary: apart, since
-    the logits are by far the largest tensor of a step and an objective may want them for some tokens only, or in parts.
+    """An encoder, a decoder, or both. `model(tokens)` gives hidden states, `model.logits(hidden)` the scores of the
+    vocabulary: apart, since the logits are by far the largest tensor of a step and an objective may want them for some
+    tokens only, or in parts.
 
     Raises ValueError if the configuration has no vocabulary size.
     """
@@ -30,18 +40,21 @@ class Transformer(nn.Module):
                 "set it, or take it from the tokenizer with dataclasses.replace(config, vocab_size=…)"
             )
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.dim)
-        self.position: nn.Module | None = None
-        if config.position == "learned":
-            self.position = LearnedPosition(config)
-        elif config.position == "sinusoidal":
-            self.position = SinusoidalPosition()
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        # Post-norm blocks end in a norm of their own.
-        self.norm = build_norm(config, config.dim) if config.norm_position == "pre" else nn.Identity()
-        self.head = Head(config.dim, config.vocab_size, tied=config.tie_embeddings)
+        self.embed = embedding(config, config.vocab_size, config.dim)
+        n_encoder, n_decoder = config.encoder_layers, config.decoder_layers
+        self.encoder = Stack(config, causal=False, n_layers=n_encoder) if n_encoder else None
+        self.decoder = Stack(config, causal=True, n_layers=n_decoder) if n_decoder else None
+        self.transform = Transform(config) if config.family == "encoder" else None
+        self.head = Head(config, config.vocab_size)
+        self.pooler = linear(config, config.dim, config.dim, bias=True) if config.next_sentence else None
+        self.next_sentence = linear(config, config.dim, 2, bias=True) if config.next_sentence else None
         self.tie()
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Those of the encoder, then those of the decoder."""
+        stacks = [stack for stack in (self.encoder, self.decoder) if stack is not None]
+        return [block for stack in stacks for block in stack.blocks if isinstance(block, Block)]
 
     def forward(
         self,
@@ -49,33 +62,74 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         cache: Cache | None = None,
+        *,
+        segments: Tensor | None = None,
+        source: Source | None = None,
     ) -> Tensor:
         """Hidden states after the last norm.
 
         tokens     int64 [B, T]
-        documents  int64 [B, T], 1, 2, … per row, 0 = padding: a token sees only its own document. None: one document
+        documents  int64 [B, T], 1, 2, … per row, 0 = padding: a token sees only its own document, and only the source
+                   of the same number. None: one document
         positions  int64 [B, T], None: 0, 1, … along the row (or on from the cache)
         cache      what came before; `tokens` are the new ones, and are added to it
+        segments   int64 [B, T], which part of a pair a token is of; None: the first
+        source     what the encoder of an encoder-decoder reads; with a cache only the first time
 
-        Returns [B, T, D]. Raises ValueError if the tokens reach beyond learned positions or the cache.
+        Returns [B, T, D]. Raises ValueError if the tokens reach beyond learned positions or the cache, or for a source
+        too much or too few.
         """
+        self._check_source(source, cache)
+        if self.decoder is None:
+            assert self.encoder is not None
+            if cache is not None:
+                raise ValueError("model.family=encoder reads all tokens at once; leave the cache out")
+            return self._run(self.encoder, tokens, documents, positions, segments=segments)
+        memory = None
+        if source is not None:
+            assert self.encoder is not None
+            hidden = self._run(self.encoder, *source)
+            memory = Memory(hidden, source.documents)
+            if cache is not None:
+                cache.source_documents = source.documents
+        elif cache is not None and cache.has_memory:
+            memory = Memory(None, cache.source_documents)
+        return self._run(self.decoder, tokens, documents, positions, cache, memory=memory)
+
+    def _run(
+        self,
+        stack: Stack,
+        tokens: Tensor,
+        documents: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None = None,
+        *,
+        segments: Tensor | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """Tokens through one stack: [B, T] -> [B, T, D]."""
         n_past = 0 if cache is None else cache.length
-        self._check_length(n_past + tokens.shape[1], cache)
+        length = tokens.shape[1]
+        self._check_length(n_past + length, cache)
         if positions is None:
-            positions = torch.arange(n_past, n_past + tokens.shape[1], device=tokens.device)
-        hidden = self.embed(tokens)
-        if self.position is not None:
-            hidden = self.position(hidden, positions)
-        hidden = self.dropout(hidden)
-        rotation = self._rotation(positions)
-        mask = self._mask(tokens, documents, cache)
-        for i, block in enumerate(self.blocks):
-            hidden = block(hidden, mask, rotation, None if cache is None else cache.layers[i])
-        return self.norm(hidden)
+            positions = torch.arange(n_past, n_past + length, device=tokens.device)
+        places = Places(length, n_past, self._documents(documents, cache), tokens.device)
+        return stack(self.embed(tokens), positions, places, segments, cache, memory)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary: [.., D] -> [.., V]."""
+        if self.transform is not None:
+            hidden = self.transform(hidden)
+        if self.config.scale_logits:
+            hidden = hidden * self.config.dim**-0.5
         return self.head(hidden)
+
+    def sentence_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of "the second part follows the first" and "it does not", from the hidden states of first tokens:
+        [.., D] -> [.., 2]. Only with model.next_sentence."""
+        assert self.pooler is not None, "model.next_sentence is false"
+        assert self.next_sentence is not None
+        return self.next_sentence(torch.tanh(self.pooler(hidden)))
 
     def tie(self) -> None:
         """Make the head's weight the embedding's again, where the configuration ties them, after one was replaced."""
@@ -86,30 +140,54 @@ class Transformer(nn.Module):
         """Weights and biases, a tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def matmul_flops(self, batch: int, length: int) -> int:
+    def matmul_flops(self, batch: int, length: int, target_length: int = 0) -> int:
         """FLOPs of all matrix products in one forward, logits of every token included; backward does twice as many.
 
         A multiply-add counts 2, and attention is counted in full: what is masked is computed (equal to
         torch.utils.flop_counter.FlopCounterMode under sdpa_kernel(MATH)). For what the hardware was asked to do.
+        An encoder-decoder reads `length` tokens and writes `target_length`.
         """
         c = self.config
-        attention = 2 * length * c.n_heads * c.head_width  # q kᵀ and the weighted sum of v, multiply-adds per token
+        source, target = (length, target_length) if c.family == "encoder_decoder" else (length, length)
+        width = c.n_heads * c.head_width
         projections = c.dim * c.head_width * 2 * (c.n_heads + c.kv_heads)
-        feed_forward = (3 if c.activation == "swiglu" else 2) * c.dim * c.ffn_width
-        head = c.dim * self.embed.num_embeddings
-        return 2 * batch * length * (c.n_layers * (attention + projections + feed_forward) + head)
+        feed_forward = (3 if c.gated else 2) * c.dim * c.ffn_width
+        encoder = c.encoder_layers * source * (2 * source * width + projections + feed_forward)
+        decoder = c.decoder_layers * target * (2 * target * width + projections + feed_forward)
+        if c.family == "encoder_decoder":
+            on_target, on_source = 2 * c.dim * width, 2 * c.dim * c.head_width * c.kv_heads
+            decoder += c.decoder_layers * (target * (2 * source * width + on_target) + source * on_source)
+        transform = 0 if self.transform is None else c.dim**2
+        head = target * (c.dim * self.embed.num_embeddings + transform)
+        return 2 * batch * (encoder + decoder + head)
 
-    def flops_per_token(self, length: int) -> int:
+    def flops_per_token(self, length: int, target_length: int = 0) -> float:
         """6N + 12·L·H·K·T, forward and backward, the convention of MFU (Chowdhery et al. 2022, arXiv:2204.02311, B).
 
-        N counts a tied embedding once, and neither an untied input embedding nor learned positions: those are looked
-        up, not multiplied. Causal attention is not halved; recomputed activations are not counted.
+        N counts a tied embedding once, and neither an untied input embedding nor learned positions and segments: those
+        are looked up, not multiplied. Causal attention is not halved; recomputed activations are not counted. Of an
+        encoder-decoder, whose halves see different tokens, the mean over `length` tokens read and `target_length`
+        written: a parameter counts for the tokens that it meets.
         """
         c = self.config
-        looked_up = 0 if c.tie_embeddings else self.embed.weight.numel()
-        if isinstance(self.position, LearnedPosition):
-            looked_up += self.position.table.weight.numel()
-        return 6 * (self.n_parameters() - looked_up) + 12 * c.n_layers * c.n_heads * c.head_width * length
+        tables = [m for m in self.modules() if isinstance(m, nn.Embedding) and m is not self.embed]
+        looked_up = sum(m.weight.numel() for m in tables) + (0 if c.tie_embeddings else self.embed.weight.numel())
+        width = 12 * c.n_heads * c.head_width
+        if self.encoder is None or self.decoder is None:
+            return 6 * (self.n_parameters() - looked_up) + c.n_layers * width * length
+        read = sum(p.numel() for p in self.encoder.blocks.parameters())
+        written = self.n_parameters() - looked_up - read
+        attention = c.encoder_layers * length**2 + c.decoder_layers * target_length * (target_length + length)
+        return (6 * (read * length + written * target_length) + width * attention) / (length + target_length)
+
+    def _check_source(self, source: Source | None, cache: Cache | None) -> None:
+        both = self.encoder is not None and self.decoder is not None
+        seen = cache is not None and cache.has_memory
+        if both and source is None and not seen:
+            raise ValueError("model.family=encoder_decoder needs a source to read; give source=Source(tokens)")
+        if source is not None and (not both or seen):
+            why = "the cache holds one already" if both else f"model.family={self.config.family} reads none"
+            raise ValueError(f"source is given, but {why}; leave it out")
 
     def _check_length(self, length: int, cache: Cache | None) -> None:
         if self.config.position == "learned" and length > self.config.max_length:
@@ -122,42 +200,19 @@ class Transformer(nn.Module):
                 f"{length} tokens are more than the cache holds ({cache.max_length}); build a longer Cache"
             )
 
-    def _rotation(self, positions: Tensor) -> Rotation | None:
-        if self.config.position != "rotary":
-            return None
-        return build_rotation(positions, self.config.head_width, self.config.rope_theta)
-
-    def _mask(self, tokens: Tensor, documents: Tensor | None, cache: Cache | None) -> Mask:
+    def _documents(self, documents: Tensor | None, cache: Cache | None) -> Tensor | None:
+        """Those of all keys: the ones in the cache, to which the new ones are added, before `documents`."""
         if cache is None:
-            if documents is None:
-                return causal_mask(tokens.shape[1], 0, tokens.device)
-            return document_mask(documents)
+            return documents
         past = cache.documents
         if (documents is None) != (past is None) and cache.length > 0:
             raise ValueError("documents must be given for every forward with one cache, or for none")
-        if documents is None:
-            return causal_mask(tokens.shape[1], cache.length, tokens.device)
-        cache.documents = documents if past is None else torch.cat((past, documents), dim=1)
-        return document_mask(documents, past)
+        if documents is not None:
+            cache.documents = documents if past is None else torch.cat((past, documents), dim=1)
+        return cache.documents
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `to_empty` and some `to` make a new parameter for each place where one is registered, which unties them.
         super()._apply(fn, recurse)
         self.tie()
         return self
-
-
-class Head(Linear):
-    """Hidden states to the vocabulary, without bias. Tied, it borrows its weight: none is made or reset."""
-
-    def __init__(self, dim: int, vocab_size: int, *, tied: bool) -> None:
-        self.tied = tied
-        if tied:
-            with torch.device("meta"):
-                super().__init__(dim, vocab_size, bias=False)
-        else:
-            super().__init__(dim, vocab_size, bias=False)
-
-    def reset_parameters(self) -> None:
-        if not self.tied:
-            super().reset_parameters()

@@ -20,12 +20,15 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def hidden_matrices(model: nn.Module) -> list[Tensor]:
     """Weights of the linear layers that map hidden states to hidden states: Muon's share.
 
-    Embeddings and the head are left out (Jordan et al. 2024): their rows are tokens, not directions of one space.
+    Embeddings and what gives scores are left out (Jordan et al. 2024): their rows are tokens or classes, not directions
+    of one space.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     linears = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return [
         weight
         for name, weight in linears
-        if weight.requires_grad and id(weight) not in embeddings and name.rpartition(".")[2] != "head"
+        if weight.requires_grad
+        and id(weight) not in embeddings
+        and name.rpartition(".")[2] not in ("head", "next_sentence")
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Generator, Set
 
 import torch
 from torch import nn
@@ -27,10 +27,11 @@ def materialise(network: Transformer, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _drawn_whole(module: nn.Module) -> Generator[None]:
-    """Inside, the module's own parameters are whole tensors; afterwards each process has its part of what they
+def _drawn_whole(module: nn.Module, names: Set[str]) -> Generator[None]:
+    """Inside, the module's parameters `names` are whole tensors; afterwards each process has its part of what they
     became."""
-    spread = {name: p for name, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
+    own = module.named_parameters(recurse=False)
+    spread = {name: p for name, p in own if name in names and isinstance(p, DTensor)}
     for name, parameter in spread.items():
         whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         module.register_parameter(name, nn.Parameter(whole))

@@ -29,7 +29,7 @@ class Whole(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return tuple(self._enter(value, device_mesh) for value in inputs)
+            return tuple(_spread(value, device_mesh, self.placement) for value in inputs)
 
         def leave(_: nn.Module, __: Any, output: Tensor) -> Tensor:
             return output.to_local() if isinstance(output, DTensor) else output
@@ -39,14 +39,16 @@ class Whole(ParallelStyle):
         module.register_forward_hook(leave)
         return module
 
-    def _enter(self, value: Any, device_mesh: DeviceMesh) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        return DTensor.from_local(value, device_mesh, [self.placement], run_check=False)
+
+def _spread(value: Any, device_mesh: DeviceMesh, placement: Placement) -> Any:
+    """A tensor as this rank's part of one that all ranks hold; what is no tensor stays."""
+    if not isinstance(value, Tensor):
+        return value
+    return DTensor.from_local(value, device_mesh, [placement], run_check=False)
 
 
 class SharedInput(ParallelStyle):
-    """The module's first argument, whole on every rank, once for all the projections that read it.
+    """The tensors that a module is called with, whole on every rank, once for all the projections that read them.
 
     So their gradients, of which each rank has a part, are added before they are summed over the ranks: one all-reduce
     instead of one per projection.
@@ -54,7 +56,7 @@ class SharedInput(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-            return DTensor.from_local(inputs[0], device_mesh, [Replicate()], run_check=False), *inputs[1:]
+            return tuple(_spread(value, device_mesh, Replicate()) for value in inputs)
 
         module.register_forward_pre_hook(enter)
         return module
@@ -86,27 +88,32 @@ def plan(model: nn.Module) -> dict[str, ParallelStyle]:
     styles: dict[str, ParallelStyle] = {
         "embed": VocabularyParallel(),
         "head": ColwiseParallel(output_layouts=Replicate()),
-        "blocks.*.attention": SharedInput(),
-        "blocks.*.attention.query": ColwiseParallel(),
-        "blocks.*.attention.key": ColwiseParallel(),
-        "blocks.*.attention.value": ColwiseParallel(),
-        "blocks.*.attention.out": RowwiseParallel(),
-        "blocks.*.attention.query_norm": Whole(Shard(2)),  # [B, T, H, K]
-        "blocks.*.attention.key_norm": Whole(Shard(2)),
-        "blocks.*.feed_forward": SharedInput(),
-        "blocks.*.feed_forward.gate": ColwiseParallel(),
-        "blocks.*.feed_forward.up": ColwiseParallel(),
-        "blocks.*.feed_forward.down": RowwiseParallel(),
-        "blocks.*.attention_norm": Whole(),
-        "blocks.*.feed_forward_norm": Whole(),
-        "norm": Whole(),
-        "position.table": Whole(),
+        "*.blocks.*.*attention": SharedInput(),
+        "*.blocks.*.*attention.query": ColwiseParallel(),
+        "*.blocks.*.*attention.key": ColwiseParallel(),
+        "*.blocks.*.*attention.value": ColwiseParallel(),
+        "*.blocks.*.*attention.out": RowwiseParallel(),
+        "*.blocks.*.*attention.query_norm": Whole(Shard(2)),  # [B, T, H, K]
+        "*.blocks.*.*attention.key_norm": Whole(Shard(2)),
+        "*.blocks.*.feed_forward": SharedInput(),
+        "*.blocks.*.feed_forward.gate": ColwiseParallel(),
+        "*.blocks.*.feed_forward.up": ColwiseParallel(),
+        "*.blocks.*.feed_forward.down": RowwiseParallel(),
+        "*.blocks.*.*_norm": Whole(),
+        "*.norm": Whole(),
+        "*.embed_norm": Whole(),
+        "*.position.table": Whole(),
+        "*.relative.table": ColwiseParallel(),  # a column is a head
+        "*.segment": Whole(),
+        "transform.*": Whole(),
+        "pooler": Whole(),
+        "next_sentence": Whole(),
     }
     return {
         name: style
         for name, module in model.named_modules()
         for pattern, style in styles.items()
-        if _matches(name, pattern) and not isinstance(module, nn.Identity)
+        if _matches(name, pattern) and any(True for _ in module.parameters())
     }
 
 

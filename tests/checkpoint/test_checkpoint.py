@@ -122,7 +122,7 @@ def test_load_into_names_every_difference(compose_run: Compose, tmp_path: Path) 
     )
     with pytest.raises(CheckpointError, match="do not fit this model") as refused:
         load_into(other, tmp_path / "run")
-    assert "blocks.2.attention.query.weight: in the model, not in the checkpoint" in str(refused.value)
+    assert "decoder.blocks.2.attention.query.weight: in the model, not in the checkpoint" in str(refused.value)
     assert "embed.weight: (257, 32) in the checkpoint, (300, 32) in the model" in str(refused.value)
 
 

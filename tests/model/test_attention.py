@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llm.model.attention import Attention
-from llm.model.mask import causal_mask, document_mask
+from llm.model.mask import Places, self_mask
 from llm.model.position import build_rotation, rotate
 
 
@@ -37,9 +37,12 @@ def test_against_the_formula(config, n_kv_heads, documents):
         torch.nn.init.normal_(parameter, std=0.5)
     hidden = torch.randn(2, 6, 32)
     if documents is None:
-        mask, visible = causal_mask(6, 0, hidden.device), torch.ones(2, 6, 6, dtype=torch.bool).tril()
+        mask, visible = (
+            self_mask(Places(6, 0, None, hidden.device), causal=True),
+            torch.ones(2, 6, 6, dtype=torch.bool).tril(),
+        )
     else:
-        mask = document_mask(torch.tensor(documents))
+        mask = self_mask(Places(6, 0, torch.tensor(documents), hidden.device), causal=True)
         visible = mask.visible.squeeze(1)
     expected = naive_attention(attention, hidden, visible)
     torch.testing.assert_close(attention(hidden, mask), expected, rtol=1e-4, atol=1e-4)
@@ -54,7 +57,7 @@ def test_grouped_equals_repeated_heads(config):
         weights[name] = weights[name].unflatten(0, (2, 8)).repeat_interleave(2, dim=0).flatten(0, 1)
     full.load_state_dict(weights)
     hidden = torch.randn(2, 6, 32)
-    mask = causal_mask(6, 0, hidden.device)
+    mask = self_mask(Places(6, 0, None, hidden.device), causal=True)
     torch.testing.assert_close(grouped(hidden, mask), full(hidden, mask), rtol=0, atol=1e-6)
 
 
@@ -91,7 +94,7 @@ def test_angles_stay_fp32_in_bf16():
 def test_attention_weights_are_dropped_in_training_only(config):
     torch.manual_seed(0)
     attention = Attention(config(dropout=0.5))
-    hidden, mask = torch.randn(2, 6, 32), causal_mask(6, 0, torch.device("cpu"))
+    hidden, mask = torch.randn(2, 6, 32), self_mask(Places(6, 0, None, torch.device("cpu")), causal=True)
     assert not torch.equal(attention(hidden, mask), attention(hidden, mask))
     attention.eval()
     assert torch.equal(attention(hidden, mask), attention(hidden, mask))

@@ -10,8 +10,8 @@ transformers = pytest.importorskip("transformers")
 
 GPT2 = {
     "transformer.wte": "embed",
-    "transformer.wpe": "position.table",
-    "transformer.ln_f": "norm",
+    "transformer.wpe": "decoder.position.table",
+    "transformer.ln_f": "decoder.norm",
     "lm_head": "head",
     "ln_1": "attention_norm",
     "ln_2": "feed_forward_norm",
@@ -21,7 +21,7 @@ GPT2 = {
 }
 LLAMA = {
     "model.embed_tokens": "embed",
-    "model.norm": "norm",
+    "model.norm": "decoder.norm",
     "lm_head": "head",
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "feed_forward_norm",
@@ -37,9 +37,9 @@ LLAMA = {
 
 def renamed(name, names):
     for prefix in ("transformer.h.", "model.layers."):
-        name = name.replace(prefix, "blocks.")
+        name = name.replace(prefix, "decoder.blocks.")
     module, kind = name.rsplit(".", 1)
-    block = ".".join(module.split(".")[:2]) + "." if module.startswith("blocks.") else ""
+    block = ".".join(module.split(".")[:3]) + "." if module.startswith("decoder.blocks.") else ""
     return f"{block}{names[module.removeprefix(block)]}.{kind}"
 
 
@@ -51,7 +51,7 @@ def from_gpt2(theirs):
         if "c_attn" in name:
             _, _, layer, _, _, kind = name.split(".")
             for part, chunk in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                ours[f"blocks.{layer}.attention.{part}.{kind}"] = chunk
+                ours[f"decoder.blocks.{layer}.attention.{part}.{kind}"] = chunk
         else:
             ours[renamed(name, GPT2)] = tensor
     return ours

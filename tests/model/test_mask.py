@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.model.mask import causal_mask, document_mask
+from llm.model.mask import Places, self_mask
 
 POSITIONS = ["rotary", "learned", "sinusoidal"]
 DOCUMENTS = torch.tensor([[1] * 5 + [2] * 8 + [3] * 4 + [0] * 3, [1] * 20])
@@ -103,7 +103,7 @@ def test_padding_makes_no_nan(build, tokens, dtype):
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=3), st.integers(0, 5))
 def test_document_mask_is_its_definition(documents, n_past):
     keys = torch.tensor(documents)
-    visible = document_mask(keys[:, n_past:], keys[:, :n_past] if n_past else None).visible
+    visible = self_mask(Places(6 - n_past, n_past, keys, keys.device), causal=True).visible
     assert visible.shape == (len(documents), 1, 6 - n_past, 6)
     for b, row in enumerate(documents):
         for t in range(n_past, 6):
@@ -112,10 +112,14 @@ def test_document_mask_is_its_definition(documents, n_past):
 
 
 def test_causal_mask_uses_the_kernel_where_it_can():
-    cpu = torch.device("cpu")
-    assert causal_mask(5, 0, cpu) == (None, True)
-    assert causal_mask(1, 0, cpu) == (None, False)
-    assert causal_mask(1, 9, cpu) == (None, False)
-    chunk = causal_mask(2, 3, cpu)
+    def mask(length, n_past, **options):
+        return self_mask(Places(length, n_past, None, torch.device("cpu")), causal=True, **options)
+
+    assert mask(5, 0) == (None, True)
+    assert mask(1, 0) == (None, False)
+    assert mask(1, 9) == (None, False)
+    assert mask(5, 0, window=5) == (None, True)
+    assert self_mask(Places(5, 0, None, torch.device("cpu")), causal=False) == (None, False)
+    chunk = mask(2, 3)
     assert chunk.visible.tolist() == [[[[True, True, True, True, False], [True] * 5]]]
     assert not chunk.causal

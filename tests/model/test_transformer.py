@@ -58,7 +58,7 @@ def test_the_last_norm(build, tokens, norm):
     """Every hidden state leaves normalised, pre-norm or post-norm."""
     for norm_position in ("pre", "post"):
         model = build(norm=norm, norm_position=norm_position)
-        last = model.norm if norm_position == "pre" else model.blocks[-1].feed_forward_norm
+        last = model.decoder.norm if norm_position == "pre" else model.blocks[-1].feed_forward_norm
         with torch.no_grad():
             last.weight.fill_(1.0)
         torch.testing.assert_close(model(tokens).square().mean(-1), torch.ones(3, 12), rtol=0, atol=1e-3)
@@ -67,12 +67,14 @@ def test_the_last_norm(build, tokens, norm):
 def test_sinusoidal_positions(build, tokens):
     """Vaswani et al. 2017: embedding · sqrt(D), plus sin and cos of t / 10000^(2i/D), sines first."""
     model = build(position="sinusoidal")
-    hidden = model.position(torch.zeros(1, 12, 32), torch.arange(12))
+    hidden = model.decoder.position(torch.zeros(1, 12, 32), torch.arange(12))
     for t in (0, 5):
         for i in (0, 3, 15):
             angle = torch.tensor(t / 10000 ** (2 * i / 32))
             torch.testing.assert_close(hidden[0, t, [i, 16 + i]], torch.stack((angle.sin(), angle.cos())))
-    torch.testing.assert_close(model.position(torch.ones(1, 1, 32), torch.tensor([0]))[0, 0, 0], torch.tensor(32**0.5))
+    torch.testing.assert_close(
+        model.decoder.position(torch.ones(1, 1, 32), torch.tensor([0]))[0, 0, 0], torch.tensor(32**0.5)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from llm.checkpoint import gather
-from llm.model import Transformer, TransformerConfig
+from llm.model import Source, Transformer, TransformerConfig
+from llm.model.mask import Places, self_mask
 from llm.strategy import FSDP
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply
@@ -20,7 +21,7 @@ from llm.strategy.materialise import materialise
 from llm.strategy.tensor_parallel import plan, problems
 from tests.ranks import run_on_ranks
 
-DECODERS = {
+NETWORKS = {
     "llama": TransformerConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, max_length=16, vocab_size=51, qk_norm=True),
     "gpt2": TransformerConfig(
         dim=32,
@@ -38,6 +39,39 @@ DECODERS = {
     "post-norm": TransformerConfig(
         dim=32, n_layers=2, n_heads=4, max_length=16, vocab_size=51, position="sinusoidal", norm_position="post"
     ),
+    "bert": TransformerConfig(
+        family="encoder",
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        max_length=16,
+        vocab_size=51,
+        position="learned",
+        n_segments=2,
+        norm="layer",
+        norm_position="post",
+        embed_norm=True,
+        activation="gelu",
+        bias=True,
+        tie_embeddings=True,
+        head_bias=True,
+        next_sentence=True,
+        initialisation="bert",
+    ),
+    "t5": TransformerConfig(
+        family="encoder_decoder",
+        dim=32,
+        n_layers=2,
+        n_decoder_layers=1,
+        n_heads=4,
+        max_length=16,
+        vocab_size=51,
+        position="relative",
+        activation="geglu",
+        qk_norm=True,
+        scale_attention=False,
+        initialisation="t5",
+    ),
 }
 
 
@@ -48,13 +82,20 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def gradients(network: Transformer) -> dict[str, Tensor]:
     tokens, documents = batch()
-    network.logits(network(tokens, documents)).logsumexp(-1).sum().backward()
+    source = None
+    if network.config.family == "encoder_decoder":
+        source = Source(tokens.roll(1, 1)[:, :12], documents.roll(1, 1)[:, :12])
+    hidden = network(tokens, documents, source=source)
+    loss = network.logits(hidden).logsumexp(-1).sum()
+    if network.config.next_sentence:
+        loss = loss + network.sentence_logits(hidden[:, [0, 9]]).logsumexp(-1).sum()
+    loss.backward()
     return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
 def built(name: str) -> Transformer:
     torch.manual_seed(0)
-    return Transformer(DECODERS[name])
+    return Transformer(NETWORKS[name])
 
 
 # Meta device
@@ -64,7 +105,7 @@ def drawn_on_mesh(name: str, n_replicas: int, n_shards: int, n_tensor: int, comp
     """The initial weights, and the gradients, of a network built on the meta device and spread over a mesh."""
     mesh = init_device_mesh("cpu", (n_replicas, n_shards, n_tensor), mesh_dim_names=("replicate", "shard", "tensor"))
     with torch.device("meta"):
-        network = Transformer(DECODERS[name])
+        network = Transformer(NETWORKS[name])
 
     def shard(network: Transformer) -> None:
         for block in network.blocks:
@@ -75,12 +116,12 @@ def drawn_on_mesh(name: str, n_replicas: int, n_shards: int, n_tensor: int, comp
     torch.manual_seed(0)
     materialise(network, torch.device("cpu"))
     weights = gather(network.state_dict(), keep=True)
-    assert network.head.weight is network.embed.weight or not DECODERS[name].tie_embeddings
+    assert network.head.weight is network.embed.weight or not NETWORKS[name].tie_embeddings
     return {**weights, **{f"{name}.grad": g for name, g in gather(gradients(network), keep=True).items()}}
 
 
 @pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 1, 2), (2, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)], ids=str)
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_on_a_mesh_is_the_network(name: str, mesh: tuple[int, int, int]) -> None:
     """Bit for bit the weights of a direct build; gradients to rounding (of the same data in each process)."""
     direct = built(name)
@@ -108,10 +149,10 @@ def test_a_module_without_reset_parameters_is_named() -> None:
             self.weight = nn.Parameter(torch.ones(3))
 
     with torch.device("meta"):
-        network = Transformer(DECODERS["llama"])
+        network = Transformer(NETWORKS["llama"])
         network.blocks[1].scale = Scale()
     with pytest.raises(
-        TypeError, match=r"blocks\.1\.scale \(Scale\) owns parameters or buffers but has no reset_param"
+        TypeError, match=r"decoder\.blocks\.1\.scale \(Scale\) owns parameters or buffers but has no reset_param"
     ):
         materialise(network, torch.device("cpu"))
 
@@ -119,7 +160,7 @@ def test_a_module_without_reset_parameters_is_named() -> None:
 # Tensor parallelism
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_plan_names_every_parameter(name: str) -> None:
     network = built(name)
     owners = {owner.rpartition(".")[0] for owner, _ in network.named_parameters(remove_duplicate=False)}
@@ -162,7 +203,7 @@ class Saved:
         return tensor
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_checkpointing_changes_no_bit(checkpointing: Checkpointing, name: str) -> None:
     """Dropout included: the second forward draws what the first drew."""
@@ -185,7 +226,7 @@ def test_full_checkpointing_keeps_the_input_of_a_block_only() -> None:
         apply(network, checkpointing=checkpointing)
         tokens, documents = batch()
         hidden = network.embed(tokens).requires_grad_()
-        mask = network._mask(tokens, documents, None)
+        mask = self_mask(Places(16, 0, documents, documents.device), causal=True)
         with Saved() as saved:
             network.blocks[0](hidden, mask, None)
         kept[checkpointing] = saved.n_bytes

@@ -94,7 +94,7 @@ def padded_sizes(n_shards: int) -> tuple[int, int]:
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(CONFIG).named_parameters()}
     sizes = {name: math.ceil(shape[0] / n_shards) * n_shards * math.prod(shape[1:]) for name, shape in shapes.items()}
-    blocks = sum(size for name, size in sizes.items() if name.startswith("blocks."))
+    blocks = sum(size for name, size in sizes.items() if ".blocks." in name)
     return blocks, sum(sizes.values()) - blocks
 
 
