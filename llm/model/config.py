@@ -53,7 +53,8 @@ class TransformerConfig:
     rope_theta      base of the rotary wavelengths, 2π to 2π·rope_theta positions; local_rope_theta in layers with a
                     window, null = the same
     rope_scaling    see RopeScaling
-    n_segments      vectors for the parts of a pair, added to the embedding (Devlin et al. 2019); 0 = none
+    n_segments      vectors for the parts of a pair, added to an encoder's embedding (Devlin et al. 2019); 0 = none. An
+                    encoder_decoder has them to go on from such an encoder: its source is all of the first part
     window          a token sees so many tokens, itself among them (Beltagy et al. 2020, arXiv:2004.05150); in an
                     encoder window // 2 on each side
     global_every    layers 0, n, 2n … see everything, only the others the window (Warner et al. 2024,
@@ -186,7 +187,7 @@ class TransformerConfig:
         """Keys that would do nothing in this family."""
         only = {
             "n_decoder_layers": ("encoder_decoder",),
-            "n_segments": ("encoder",),
+            "n_segments": ("encoder", "encoder_decoder"),
             "next_sentence": ("encoder",),
             "window": ("encoder", "decoder"),
         }

@@ -40,7 +40,7 @@ class Stack(nn.Module):
             self.position = LearnedPosition(config)
         elif config.position == "sinusoidal":
             self.position = SinusoidalPosition()
-        self.segment = embedding(config, config.n_segments, config.dim) if config.n_segments else None
+        self.segment = None if causal or not config.n_segments else embedding(config, config.n_segments, config.dim)
         self.embed_norm = build_norm(config, config.dim) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.relative = RelativePosition(config, causal=causal) if config.position == "relative" else None

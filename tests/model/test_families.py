@@ -33,7 +33,18 @@ VASWANI = {
     "norm_position": "post", "activation": "relu", "n_kv_heads": 2, "initialisation": "vaswani",
 }  # fmt: skip
 MISTRAL = {"window": 3, "n_kv_heads": 2, "bias": "qkv"}
-SHAPES = {"bert": BERT, "modernbert": MODERNBERT, "t5": T5, "vaswani": VASWANI, "mistral": MISTRAL}
+BERT_TO_RANDOM = {
+    **{key: value for key, value in BERT.items() if key != "next_sentence"},
+    "family": "encoder_decoder", "n_decoder_layers": 1,
+}  # fmt: skip
+SHAPES = {
+    "bert to random": BERT_TO_RANDOM,
+    "bert": BERT,
+    "modernbert": MODERNBERT,
+    "t5": T5,
+    "vaswani": VASWANI,
+    "mistral": MISTRAL,
+}
 ENCODERS = ["bert", "modernbert"]
 
 # Row 0: three documents and padding, row 1: two. Sources have other lengths.
