@@ -1,117 +1,42 @@
-"""Text <-> token ids: byte-level BPE trained here, plain bytes, or any Hugging Face tokenizer folder.
-
-A *recipe* (`ByteLevelBPE`, `Bytes`, `Pretrained`) is a config node: it knows its `vocab_size` before any data is
-read, and `build(texts)` makes the `Tokenizer`. Importing this module loads neither torch nor tokenizers.
-"""
+"""Text <-> token ids, and which ids mean something of their own."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from annotated_types import Ge
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 END_OF_TEXT = "<|endoftext|>"
-
-# GPT-4's split (letters with one leading sign, digits by three, runs of punctuation) without its English
-# contractions, and with one change: indentation stays with the line break or the punctuation before it, so that ":\n
-# " can become one token. Held-out files of the standard library, vocabulary 4096: 3.66 bytes per token (GPT-2's split
-# 3.32, GPT-4's 3.30) and the lowest bigram entropy per byte of the three (1.76 bits against 1.79 and 1.80).
-SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*[ \t]*"
-    r"|\s*[\r\n]+[ \t]*(?=\S)|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SENTINEL = "<extra_id_{}>"
 
 # What ends a text, in the order we look for it: GPT and Llama families name it eos; BERT ends with its separator.
 _END_KEYS = ("eos_token", "sep_token")
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
-@dataclass(frozen=True)
-class ByteLevelBPE:
-    """Byte-level BPE (Radford et al. 2019) trained on the data at hand: 256 bytes, one special token, the rest merges.
-
-    `vocab_size` is the most it can have: a text too small for so many merges gives fewer.
-    """
-
-    # 256 bytes and the end of text are always there.
-    vocab_size: Annotated[int, Ge(257)] = 4096
-    needs_text: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.vocab_size < 257:
-            raise ValueError(f"tokenizer.vocab_size={self.vocab_size}: 256 bytes and the end of text need at least 257")
-
-    def build(self, texts: Iterable[str]) -> Tokenizer:
-        """Train on `texts`, which are all held in memory: hand in a sample. Equal texts give equal tokenizers."""
-        from tokenizers import Regex, models, pre_tokenizers, trainers
-
-        backend = _byte_level(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        trainer = trainers.BpeTrainer(
-            vocab_size=self.vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        backend.train_from_iterator(texts, trainer)
-        return Tokenizer(backend, _config(END_OF_TEXT))
-
-
-@dataclass(frozen=True)
-class Bytes:
-    """Every UTF-8 byte is its own id (0-255), and 256 ends a text: no training, no vocabulary to carry."""
-
-    needs_text: ClassVar[bool] = False
-
-    @property
-    def vocab_size(self) -> int:
-        return 257
-
-    def build(self, texts: Iterable[str] = ()) -> Tokenizer:
-        from tokenizers import models, pre_tokenizers
-
-        backend = _byte_level(models.BPE(vocab={char: byte for byte, char in enumerate(_byte_chars())}, merges=[]))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        backend.add_special_tokens([END_OF_TEXT])
-        return Tokenizer(backend, _config(END_OF_TEXT))
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, or what transformers turns into one. Needs no weights."""
-
-    path: str
-    needs_text: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not Path(self.path).expanduser().is_dir():
-            raise ValueError(f"tokenizer.path={self.path}: no such folder; give one that holds a tokenizer.json")
-
-    @cached_property
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(Path(self.path).expanduser())
-
-    @property
-    def vocab_size(self) -> int:
-        return self._tokenizer.vocab_size
-
-    def build(self, texts: Iterable[str] = ()) -> Tokenizer:
-        return self._tokenizer
+# Where a folder does not say which token is which.
+_NAMES = {
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "mask_token": ("[MASK]", "<mask>"),
+    "pad_token": ("[PAD]", "<pad>"),
+}
+# Prefix, middle, suffix of fill-in-the-middle: ours and StarCoder's, Qwen's, Code Llama's.
+FILL_IN_THE_MIDDLE = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>")
+_FILL_IN_THE_MIDDLE = (
+    FILL_IN_THE_MIDDLE,
+    ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
+    ("▁<PRE>", "▁<MID>", "▁<SUF>"),
+)
 
 
 class Tokenizer:
@@ -129,7 +54,7 @@ class Tokenizer:
         self.backend = backend
         self.config = config
         self.eot_id = self._end_of_text()
-        pad = backend.token_to_id(_name(config.get("pad_token")))
+        pad = self._id("pad_token")
         self.pad_id: int = self.eot_id if pad is None else pad
 
     def _end_of_text(self) -> int:
@@ -141,6 +66,64 @@ class Tokenizer:
             "tokenizer: no token that ends a text; name one as eos_token in tokenizer_config.json "
             f"(looked for {', '.join(_END_KEYS)} and {', '.join(_END_NAMES)})"
         )
+
+    def _id(self, key: str) -> int | None:
+        """The id of a special token: the one the folder names, else the one that is usually called so."""
+        for name in (_name(self.config.get(key)), *_NAMES.get(key, ())):
+            index = self.backend.token_to_id(name)
+            if index is not None:
+                return index
+        return None
+
+    @property
+    def cls_id(self) -> int | None:
+        """What an encoder's text begins with, and what a pair is judged by."""
+        return self._id("cls_token")
+
+    @property
+    def sep_id(self) -> int | None:
+        """What ends each part of an encoder's text."""
+        return self._id("sep_token")
+
+    @property
+    def mask_id(self) -> int | None:
+        """What stands for a token that is to be guessed."""
+        return self._id("mask_token")
+
+    @property
+    def bos_id(self) -> int | None:
+        """What a text begins with, where that has a name of its own."""
+        return self._id("bos_token")
+
+    @cached_property
+    def sentinel_ids(self) -> list[int]:
+        """What stands for the first, second, … span that was cut out of a text (T5's <extra_id_0>, …)."""
+        ids: list[int] = []
+        while (index := self.backend.token_to_id(SENTINEL.format(len(ids)))) is not None:
+            ids.append(index)
+        return ids
+
+    @cached_property
+    def fim_ids(self) -> tuple[int, int, int] | None:
+        """What marks prefix, middle and suffix of a document whose middle comes last; None: there are none."""
+        for names in _FILL_IN_THE_MIDDLE:
+            prefix, middle, suffix = (self.backend.token_to_id(name) for name in names)
+            if prefix is not None and middle is not None and suffix is not None:
+                return prefix, middle, suffix
+        return None
+
+    @cached_property
+    def special_ids(self) -> np.ndarray:
+        """int64, rising: the ids that stand for no text."""
+        added = self.backend.get_added_tokens_decoder()
+        named = [self.eot_id, self.pad_id, *(self._id(key) for key in ("cls_token", "sep_token", "mask_token"))]
+        special = {index for index, token in added.items() if token.special} | {i for i in named if i is not None}
+        return np.array(sorted(special), np.int64)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether tokens make up words: not where every byte is one."""
+        return not self._ids_are_bytes
 
     @cached_property
     def vocab_size(self) -> int:
@@ -161,7 +144,7 @@ class Tokenizer:
     @cached_property
     def _ids_are_bytes(self) -> bool:
         model = self._description["model"]
-        return model.get("merges") == [] and model["vocab"] == {char: i for i, char in enumerate(_byte_chars())}
+        return model.get("merges") == [] and model["vocab"] == {char: i for i, char in enumerate(byte_chars())}
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
@@ -172,6 +155,32 @@ class Tokenizer:
             return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
         encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def encode_words(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `encode_batch`, with a bool array beside the tokens of each text: True where a token begins a word, that
+        is, a piece that the tokenizer splits a text into before it looks for tokens. Needs `has_words`."""
+        assert self.has_words, "bytes make up no words"
+        result = []
+        for encoding in self.backend.encode_batch(texts, add_special_tokens=False):
+            words = np.array([-1 if word is None else word for word in encoding.word_ids], np.int64)
+            starts = np.diff(words, prepend=-2) != 0
+            result.append((np.array(encoding.ids, np.uint32), starts))
+        return result
+
+    def encode_marked(self, text: str) -> list[int]:
+        """As `encode`, but the names of special tokens in the text ([MASK], <extra_id_0>) are those tokens: for what a
+        person types, never for data."""
+        added = {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        if not added:
+            return self.encode(text)
+        names = sorted(added, key=len, reverse=True)
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, names))})", text):
+            if part in added:
+                ids.append(added[part])
+            elif part:
+                ids += self.encode(part)
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 (a character cut in two) come out as U+FFFD."""
@@ -232,7 +241,7 @@ class Tokenizer:
         for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second wins
             if (folder / name).is_file():
                 config |= json.loads((folder / name).read_text(encoding="utf-8"))
-        return cls(backend, config or _config(None))
+        return cls(backend, config or plain_config(None))
 
     @classmethod
     def _through_transformers(cls, folder: Path) -> Tokenizer:
@@ -255,7 +264,7 @@ class Tokenizer:
             )
         from tokenizers import Tokenizer as Backend
 
-        config = _config(None) | {key: str(value) for key, value in slow.special_tokens_map.items()}
+        config = plain_config(None) | {key: str(value) for key, value in slow.special_tokens_map.items()}
         return cls(Backend.from_str(backend.to_str()), config)
 
 
@@ -264,21 +273,12 @@ def _name(token: str | dict[str, Any] | None) -> str:
     return (token.get("content", "") if isinstance(token, dict) else token) or ""
 
 
-def _config(special: str | None) -> dict[str, Any]:
+def plain_config(special: str | None) -> dict[str, Any]:
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     return config if special is None else config | dict.fromkeys(("bos_token", "eos_token", "pad_token"), special)
 
 
-def _byte_level(model: Any) -> Backend:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders
-
-    backend = Backend(model)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _byte_chars() -> list[str]:
+def byte_chars() -> list[str]:
     """The character that stands for each byte in a byte-level vocabulary (GPT-2's: printable bytes are themselves)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
