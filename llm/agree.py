@@ -10,7 +10,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from llm.checkpoint import find, newest, read
+from llm.checkpoint import newest, read, tokenizer_at, weights_at
 from llm.config import ConfigError
 from llm.data import TextData
 from llm.launch import Place
@@ -58,7 +58,7 @@ def agree(cfg: DictConfig, model: TransformerConfig, data: TextData, strategy: S
     if mistakes:
         raise ConfigError(mistakes)
     if cfg.init_from is not None:
-        find(cfg.init_from)
+        weights_at(cfg.init_from)
 
 
 def agree_with_first(cfg: DictConfig, first: Any) -> None:
@@ -103,13 +103,13 @@ def agree_with_checkpoint(cfg: DictConfig, data: TextData, checkpoint: Path) -> 
 
 
 def agree_with_weights(data: TextData, init_from: str) -> None:
-    """Whether the tokens of the data are those that the weights were trained on.
+    """Whether the tokens of the data are those that the weights were trained on, where those came with a tokenizer.
 
     Raises:
         ConfigError: if the tokenizers differ: the shapes may fit, the meaning of the embeddings does not.
     """
-    folder = find(init_from) / "tokenizer"
-    if Tokenizer.load(folder).fingerprint != data.tokenizer.fingerprint:
+    folder = tokenizer_at(init_from)
+    if folder is not None and Tokenizer.load(folder).fingerprint != data.tokenizer.fingerprint:
         raise ConfigError(
             [
                 f"init_from: {init_from} - its tokenizer is not that of the data - "

@@ -46,7 +46,7 @@ LIBRARIES: dict[str, set[str]] = {
     "hydra": {"train", "__main__", "run", "config", "launch"},
     "omegaconf": {"train", "__main__", "run", "agree", "config", "launch"},
     "pydantic": {"config"},
-    "transformers": {"tokenizer"},
+    "transformers": {"tokenizer", "checkpoint/huggingface/gguf.py"},
     "tokenizers": {"tokenizer"},
     "datasets": {"data"},
     "pyarrow": {"data"},

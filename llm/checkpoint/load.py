@@ -1,18 +1,28 @@
-"""Weights from a checkpoint into a network."""
+"""Weights from a checkpoint, or from a folder of Hugging Face's, into a network."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import yaml
 from torch import Tensor, nn
 
+from llm.checkpoint import huggingface
 from llm.checkpoint.distribute import load_whole
 from llm.checkpoint.store import CheckpointError, find, read
-from llm.model import Transformer, TransformerConfig
+from llm.model import Transformer, TransformerConfig, config_from
 from llm.tokenizer import Tokenizer
 
 PREFIX = "model."  # the network's attribute in the LightningModule whose state was saved
+log = logging.getLogger(__name__)
+
+# What weights mean beyond their shapes.
+_MEANING = (
+    *("position", "rope_theta", "rope_scaling", "local_rope_theta", "relative_buckets", "relative_distance"),
+    *("norm", "norm_eps", "norm_position", "embed_norm", "activation", "qk_norm", "scale_attention", "n_heads"),
+)
 
 
 def load(path: str | Path) -> tuple[Transformer, Tokenizer]:
@@ -22,41 +32,119 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer]:
         CheckpointError: if there is no checkpoint, or it does not fit its own configuration.
     """
     step = find(path)
-    node = yaml.safe_load((step / "config.yaml").read_text())["model"]
-    node.pop("_target_")
-    model = Transformer(TransformerConfig(**node))
-    load_into(model, step)
+    config, state = stored(step)
+    model = Transformer(config)
+    _fill(model, state, str(step))
+    if not (step / "tokenizer").is_dir():
+        raise CheckpointError(f"{step}: holds no tokenizer - copy one to {step / 'tokenizer'}")
     return model.eval(), Tokenizer.load(step / "tokenizer")
 
 
-def load_into(model: nn.Module, path: str | Path) -> None:
-    """Copy the weights of a run or step directory into `model`, all of them and nothing else.
+def stored(step: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
+    """The configuration and the weights of the network in a step directory."""
+    node = yaml.safe_load((step / "config.yaml").read_text())["model"]
+    return config_from(node), _weights(step)
+
+
+def weights_at(path: str | Path) -> Path:
+    """The step directory or folder of Hugging Face's that `path` means.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    return Path(path) if huggingface.is_folder(path) else find(path)
+
+
+def tokenizer_at(path: str | Path) -> Path | None:
+    """The folder of the tokenizer that belongs to the weights at `path`; None if there is none."""
+    found = weights_at(path)
+    if huggingface.is_folder(found):
+        return found if found.is_dir() and huggingface.tokenizer_of(found) is not None else None
+    return found / "tokenizer" if (found / "tokenizer").is_dir() else None
+
+
+def load_into(model: nn.Module, path: str | Path) -> list[str]:
+    """Copy the weights at `path` into `model`, all of them and nothing else.
+
+    Of a run or step directory every weight must fit. Of a folder of Hugging Face's those of the body must; heads that
+    it lacks keep what they have. The encoder of an encoder-decoder may come from an encoder: its decoder starts anew.
+
+    Returns:
+        The names of the weights of `model` that were not in the checkpoint, which are logged too.
 
     Raises:
         CheckpointError: naming every weight that is missing, left over, or of another shape.
     """
-    step = find(path)
-    saved = {
-        name.removeprefix(PREFIX): weight
-        for name, weight in read(step)["state_dict"].items()
-        if name.startswith(PREFIX)
-    }
-    mistakes = _differences(model.state_dict(), saved)
+    where = weights_at(path)
+    config = getattr(model, "config", None)
+    if huggingface.is_folder(where):
+        found = huggingface.read(where)
+        theirs, saved, unused = found.config, found.state, found.unused
+        mistakes = _other_meaning(config, theirs)
+        if mistakes:
+            raise CheckpointError(
+                f"{where}: this model is not the one of its weights - set these keys\n" + "\n".join(mistakes)
+            )
+        return _fill(model, saved, str(where), heads=True, unused=unused)
+    return _fill(model, _weights(where), str(where))
+
+
+def _weights(step: Path) -> dict[str, Tensor]:
+    state = read(step)["state_dict"]
+    return {name.removeprefix(PREFIX): weight for name, weight in state.items() if name.startswith(PREFIX)}
+
+
+def _fill(
+    model: nn.Module, saved: dict[str, Tensor], where: str, *, heads: bool = False, unused: list[str] | None = None
+) -> list[str]:
+    wanted = model.state_dict()
+    from_encoder = _is(wanted, "encoder.") and _is(wanted, "decoder.") and not _is(saved, "decoder.")
+    may_start_anew = (*(huggingface.HEADS if heads or from_encoder else ()), *(("decoder.",) if from_encoder else ()))
+    anew = [name for name in wanted if name not in saved and name.startswith(may_start_anew or ("\0",))]
+    spare = [name for name in saved if name not in wanted and name.startswith(huggingface.HEADS)]
+    spare = spare if heads or from_encoder else []
+    mistakes = _differences(wanted, saved, {*anew, *spare})
     if mistakes:
         raise CheckpointError(
-            f"{step}: its weights do not fit this model - give the model that it was trained as\n"
+            f"{where}: its weights do not fit this model - give the model that it was trained as\n"
             + "\n".join(f"  {mistake}" for mistake in mistakes)
         )
-    load_whole(model, saved)
+    load_whole(model, {name: weight for name, weight in saved.items() if name not in spare}, strict=not anew)
+    if anew:
+        log.warning("%s: not in it, so they start anew: %s", where, ", ".join(anew))
+    if spare or unused:
+        log.warning("%s: heads that this model has not, unused: %s", where, ", ".join([*spare, *(unused or [])]))
+    return anew
 
 
-def _differences(wanted: dict[str, Tensor], saved: dict[str, Tensor]) -> list[str]:
+def _is(weights: dict[str, Tensor], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in weights)
+
+
+def _other_meaning(config: Any, theirs: TransformerConfig) -> list[str]:
+    """One line for each key that gives the same shapes another meaning."""
+    if not isinstance(config, TransformerConfig):
+        return []
+    keys = [key for key in _MEANING if getattr(config, key) != getattr(theirs, key)]
+    lines = [f"  model.{key}: {getattr(config, key)} - the weights have {getattr(theirs, key)}" for key in keys]
+    windows = [[c.window if c.has_window(layer) else None for layer in range(c.n_layers)] for c in (config, theirs)]
+    if windows[0] != windows[1] and config.n_layers == theirs.n_layers:
+        lines.append(
+            f"  model.window: {config.window} (global_every {config.global_every}) - the weights have {theirs.window} "
+            f"({theirs.global_every})"
+        )
+    return lines
+
+
+def _differences(wanted: dict[str, Tensor], saved: dict[str, Tensor], excused: set[str]) -> list[str]:
     """One line for each weight that is only on one side or has two shapes."""
-    lines = [f"{name}: in the model, not in the checkpoint" for name in wanted if name not in saved]
-    lines += [f"{name}: in the checkpoint, not in the model" for name in saved if name not in wanted]
-    lines += [
-        f"{name}: {tuple(saved[name].shape)} in the checkpoint, {tuple(weight.shape)} in the model"
-        for name, weight in wanted.items()
-        if name in saved and saved[name].shape != weight.shape
-    ]
+    lines = [f"{name}: in the model, not in the checkpoint" for name in wanted if name not in {*saved, *excused}]
+    lines += [f"{name}: in the checkpoint, not in the model" for name in saved if name not in {*wanted, *excused}]
+    for name, weight in wanted.items():
+        if name not in saved or saved[name].shape == weight.shape:
+            continue
+        line = f"{name}: {tuple(saved[name].shape)} in the checkpoint, {tuple(weight.shape)} in the model"
+        if name.endswith("position.table.weight") and saved[name].shape[1:] == weight.shape[1:]:
+            line += f" - set model.max_length={len(saved[name])}"
+        lines.append(line)
     return lines

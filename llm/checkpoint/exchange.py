@@ -1,0 +1,62 @@
+"""Step directories made of folders of Hugging Face's, and the other way round."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from llm.checkpoint import huggingface, store
+from llm.checkpoint.load import PREFIX, stored
+from llm.checkpoint.store import CheckpointError
+from llm.model import Transformer, TransformerConfig
+from llm.tokenizer import Tokenizer
+
+
+def import_folder(folder: str | Path, out: str | Path) -> list[str]:
+    """Write the weights of a folder of Hugging Face's as a step directory; returns those that start anew.
+
+    Raises:
+        CheckpointError: if `out` exists, or anything in the folder is not understood.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out}: is there already - give a folder that is not")
+    found = huggingface.read(folder)
+    torch.manual_seed(0)  # of heads that the folder lacks
+    model = Transformer(found.config)
+    model.load_state_dict(found.state, strict=not found.anew)
+    tokenizer = huggingface.tokenizer_of(folder if folder.is_dir() else folder.parent)
+    with tempfile.TemporaryDirectory() as scratch:
+        attachments = [Path(scratch) / "config.yaml"]
+        attachments[0].write_text(yaml.safe_dump({"model": _node(found.config)}, sort_keys=False))
+        if tokenizer is not None:
+            attachments.append(Path(scratch) / "tokenizer")
+            tokenizer.save(attachments[1])
+        state = {f"{PREFIX}{name}": weight for name, weight in model.state_dict().items()}
+        store.write(out, {"state_dict": state}, attachments)
+    return found.anew
+
+
+def export_folder(path: str | Path, out: str | Path) -> None:
+    """Write the network of a run or step directory as a folder that transformers loads.
+
+    Raises:
+        CheckpointError: if `out` exists, or transformers has no architecture for the model.
+    """
+    step = store.find(path)
+    config, state = stored(step)
+    tokenizer = Tokenizer.load(step / "tokenizer") if (step / "tokenizer").is_dir() else None
+    huggingface.write(config, state, tokenizer, out)
+
+
+def _node(config: TransformerConfig) -> dict[str, Any]:
+    """The `model` node of a config.yaml."""
+    node: dict[str, Any] = {"_target_": "llm.model.TransformerConfig"} | dataclasses.asdict(config)
+    if config.rope_scaling is not None:
+        node["rope_scaling"] = {"_target_": "llm.model.RopeScaling"} | node["rope_scaling"]
+    return node
