@@ -44,40 +44,68 @@ def prepare(arguments: Sequence[str]) -> None:
 
 
 def generate(arguments: Sequence[str]) -> None:
-    """Continue prompts with the model of a run."""
+    """Complete prompts with the model of a run: continue them, or fill their [MASK] or <extra_id_0>, <extra_id_1> …"""
     parser = _Parser("python -m llm generate", description=generate.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
-    parser.add_argument("--prompt", action="append", help="text to go on from; may be given several times")
+    parser.add_argument("--prompt", action="append", help="text to complete; may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=None, help="draw from the k likeliest tokens")
     parser.add_argument(
         "--top-p", type=float, default=0.95, help="draw from the likeliest tokens with this probability"
     )
+    parser.add_argument("--n-beams", type=int, default=1, help="more than 1 search for the likeliest text")
+    parser.add_argument("--alpha", type=float, default=0.6, help="with beams, how much longer texts are favoured")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(list(arguments))
     import torch
 
     from llm.checkpoint import load
     from llm.config import ConfigError
-    from llm.generate import continue_text
+    from llm.generate import complete
 
     model, tokenizer = load(options.run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(options.seed)
-    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
-    for prompt in options.prompt or [""]:
-        try:
-            print(
-                continue_text(
-                    model.to(device), tokenizer, prompt, options.max_new_tokens, generator=generator, **settings
-                )
-            )
-        except ValueError as error:
-            raise ConfigError([str(error)]) from error
+    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "n_beams", "alpha")}
+    prompts = options.prompt or [""]
+    try:
+        texts = complete(model.to(device), tokenizer, prompts, options.max_new_tokens, generator=generator, **settings)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    print("\n".join(texts))
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "generate": generate}
+def import_weights(arguments: Sequence[str]) -> None:
+    """Make a checkpoint of ours from a folder of Hugging Face's (docs/huggingface.md)."""
+    parser = _Parser("python -m llm import", description=import_weights.__doc__)
+    parser.add_argument("folder", metavar="FOLDER", help="folder with config.json and safetensors, or a .gguf file")
+    parser.add_argument("out", metavar="OUT", help="directory to make, for generate, init_from= and export")
+    options = parser.parse_args(list(arguments))
+    from llm.checkpoint import import_folder
+
+    anew = import_folder(options.folder, options.out)
+    print(f"{options.out}: written" + (f"; not in {options.folder}, so new: {', '.join(anew)}" if anew else ""))
+
+
+def export_weights(arguments: Sequence[str]) -> None:
+    """Make a folder that transformers loads from a run (docs/huggingface.md)."""
+    parser = _Parser("python -m llm export", description=export_weights.__doc__)
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
+    parser.add_argument("out", metavar="OUT", help="folder to make")
+    options = parser.parse_args(list(arguments))
+    from llm.checkpoint import export_folder
+
+    export_folder(options.run, options.out)
+    print(f"{options.out}: written")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "prepare": prepare,
+    "generate": generate,
+    "import": import_weights,
+    "export": export_weights,
+}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ def agree(cfg: DictConfig, model: TransformerConfig, data: TextData, strategy: S
         ConfigError: with one line for each rule that does not hold.
         CheckpointError: if `init_from` names no checkpoint.
     """
-    mistakes = [*_vocabulary_and_length(model, data), *_devices(cfg)]
+    mistakes = [*_vocabulary_and_length(model, data), *_family(model, data), *_devices(cfg)]
     problems = strategy.problems(model, _n_devices(cfg) * cfg.trainer.num_nodes)
     mistakes += problems or _processes(cfg, here)
     try:
@@ -141,6 +141,27 @@ def _vocabulary_and_length(model: TransformerConfig, data: TextData) -> list[str
         mistakes.append(
             f"data.max_length: {data.max_length} - the model's context is model.max_length={model.max_length} - "
             f"shorten the first or raise the second"
+        )
+    if (data.target_length or 0) > model.max_length:
+        mistakes.append(
+            f"data.target_length: {data.target_length} - the model's context is model.max_length={model.max_length} - "
+            f"shorten the first or raise the second"
+        )
+    return mistakes
+
+
+def _family(model: TransformerConfig, data: TextData) -> list[str]:
+    """Whether the rows of the data are what the model reads, and all of the model is trained."""
+    mistakes = []
+    if data.family != model.family:
+        mistakes.append(
+            f"model.family: {model.family} - data.tasks ({', '.join(data.task_names)}) make rows for {data.family} - "
+            f"take another model=, objective= or data/tasks=; experiment=gpt_pretrain, bert_pretrain, t5_pretrain fit"
+        )
+    elif model.next_sentence != data.has_pairs:
+        mistakes.append(
+            f"model.next_sentence: {model.next_sentence} - data.tasks make {'' if data.has_pairs else 'no '}pairs "
+            f"(next_sentence of masked_lm) - set both or none"
         )
     return mistakes
 

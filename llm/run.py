@@ -280,6 +280,7 @@ def _quiet() -> None:
     os.environ.setdefault("WANDB_CONSOLE", "off")  # the progress bar is no record worth keeping
     for message in (
         ".*does not have many workers.*",
+        ".*You have overridden `on_before_batch_transfer`.*",
         ".*FSDP2-wrapped module .* returned a view tensor.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*`srun` command is available on your system but is not used.*",

@@ -26,7 +26,12 @@ CHOICES = sorted(
     if group.is_dir() and group.name != "experiment"
     for path in group.glob("[!_]*.yaml")
 )
-REAL_SIZE = {"gpt2_124m", "llama_1b"}
+REAL_SIZE = {"gpt2_124m", "llama_1b", "bert_base", "t5_base"}
+# What an objective needs beside itself, in the tiny run.
+FAMILY = {
+    "masked_lm": ["model=tiny_encoder", "data/tasks=masked_lm", "tokenizer=wordpiece", "tokenizer.vocab_size=300"],
+    "seq2seq": ["model=tiny_encoder_decoder", "data/tasks=span_denoising", "tokenizer=unigram"],
+}
 
 
 @pytest.fixture
@@ -62,7 +67,7 @@ def test_experiment(name: str, compose_run: Compose, corpus: Path, cache_dir: Pa
         assert on_meta(cfg).n_parameters() > 1e8
         return
     places = [f"data.cache_dir={cache_dir}", f"run_dir={tokenizer_folder.parent / 'run'}", "trainer.accelerator=cpu"]
-    local = ["data=files", f"data.path={corpus}", "logger=none", "trainer.max_steps=2"]
+    local = ["data=files", f"data.path={corpus}", "logger=none", "trainer.max_steps=2", "schedule.warmup_steps=0"]
     assert run(compose("train", [f"experiment={name}", *places, *local])).step == 2
 
 
@@ -80,7 +85,7 @@ def test_choice(
         check(cfg)
         assert on_meta(cfg).n_parameters() > 1e6
     elif small and group not in ("callback", "logger", "tokenizer"):
-        run(compose_run(*overrides, "trainer.max_steps=3"))
+        run(compose_run(*overrides, *FAMILY.get(choice, []), "trainer.max_steps=3"))
     else:
         cfg = compose("train", overrides)
         check(cfg)

@@ -33,6 +33,7 @@ class Metrics(Callback):
         self.row: dict[str, float] = {}  # the newest training row
         self._clock: float | None = None  # when the open interval began; None while the run does something else
         self._interval_s = 0.0
+        self._lengths = (0, 0)  # of a row: tokens read, and of an encoder-decoder tokens written
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A resumed run forgets the rows that come after the checkpoint it goes on from."""
@@ -43,6 +44,9 @@ class Metrics(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock, at the first step and after every pause."""
+        rows = batch.micro_batches[0]
+        sides = [rows[side].shape[1] for side in ("source_tokens", "tokens") if side in rows]
+        self._lengths = (sides[0], sum(sides[1:]))
         if self._clock is None:
             self._clock = time.perf_counter()
 
@@ -77,7 +81,7 @@ class Metrics(Callback):
         self.tokens += int(n_tokens)
         self.train_s += self._interval_s
         self.row = {
-            **{f"train/{name}": total / max(count, 1.0) for name, (total, count) in totals.items()},
+            **{f"train/{name}": mean for name, mean in pl_module.means(totals).items()},
             "grad/norm": norm / n_steps,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             **self._speed(trainer, pl_module, n_tokens),
@@ -114,8 +118,7 @@ class Metrics(Callback):
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if peak is None:
             return {"speed/tokens_per_s": tokens_per_s}
-        length: int = trainer.datamodule.max_length  # type: ignore[attr-defined]
-        flops = objective.network.flops_per_token(length)
+        flops = objective.network.flops_per_token(*self._lengths)
         mfu = model_flops_utilisation(tokens_per_s / trainer.world_size, flops, peak)
         return {"speed/tokens_per_s": tokens_per_s, "speed/mfu": mfu}
 

@@ -11,18 +11,21 @@ from annotated_types import Ge, Gt, Interval
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
-from llm.generate import continue_text
+from llm.generate import complete
 from llm.objective import Objective
 from llm.reduce import from_first
 
 
 class Sample(Callback):
-    """Continue a few prompts after every validation and at the end, into `RUN/samples.txt` and the loggers.
+    """Complete a few prompts after every validation and at the end, into `RUN/samples.txt` and the loggers.
+
+    A decoder continues them. An encoder fills their masks, written as the tokenizer names them ([MASK]); without one it
+    is asked for the next word. An encoder-decoder fills their spans (<extra_id_0>), or answers a prompt without any.
 
     Draws from a generator of its own, seeded by the step: the run's generators, and so its losses, are not touched.
 
     Args:
-        prompts: texts to go on from; an empty one starts a document.
+        prompts: texts to complete; an empty one starts a document.
         max_new_tokens: length of each continuation.
         temperature: 0 takes the likeliest token.
         top_k: draw from the k likeliest tokens; null from all.
@@ -66,7 +69,7 @@ class Sample(Callback):
     def _write_samples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Objective)
         self._sampled_step = trainer.global_step
-        self.texts = self._continue_prompts(trainer, pl_module)  # by every process: each may hold a part of the weights
+        self.texts = self._complete_prompts(trainer, pl_module)  # by every process: each may hold a part of the weights
         if not trainer.is_global_zero:
             return
         with open(_file(trainer), "a") as file:
@@ -80,24 +83,21 @@ class Sample(Callback):
                 for number, text in enumerate(self.texts, 1):
                     logger.experiment.add_text(f"sample/{number}", f"```\n{text}\n```", trainer.global_step)
 
-    def _continue_prompts(self, trainer: L.Trainer, objective: Objective) -> list[str]:
+    def _complete_prompts(self, trainer: L.Trainer, objective: Objective) -> list[str]:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         generator = torch.Generator(objective.device).manual_seed(self.seed + trainer.global_step)
         with trainer.precision_plugin.forward_context():
-            return [
-                continue_text(
-                    objective.network,
-                    tokenizer,
-                    prompt,
-                    self.max_new_tokens,
-                    temperature=self.temperature,
-                    top_k=self.top_k,
-                    top_p=self.top_p,
-                    generator=generator,
-                    agree=from_first,
-                )
-                for prompt in self.prompts
-            ]
+            return complete(
+                objective.network,
+                tokenizer,
+                self.prompts,
+                self.max_new_tokens,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                generator=generator,
+                agree=from_first,
+            )
 
 
 def _file(trainer: L.Trainer) -> Path:

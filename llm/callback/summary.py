@@ -22,7 +22,7 @@ from llm.callback.metrics import metrics_of
 from llm.callback.plot import plot_run
 from llm.callback.record import Record, Row
 from llm.callback.sample import Sample
-from llm.metric import gzip_bits_per_byte, unigram_bits_per_byte
+from llm.metric import gzip_bits_per_byte, unigram_bits_per_byte, wilson_interval
 from llm.objective import Objective
 
 _BASELINE_CHARACTERS = 20_000_000
@@ -41,8 +41,8 @@ _CONTENTS = {
 
 
 class Summary(Callback):
-    """Write and print how the run ended, beside baselines that need no model: byte unigram and gzip of the held-out
-    text."""
+    """Write and print how the run ended, beside baselines that need no model: the frequencies of the held-out tokens
+    and, of a model that predicts whole texts, of their bytes, and gzip."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the wall clock."""
@@ -58,14 +58,18 @@ class Summary(Callback):
         run_dir = Path(trainer.default_root_dir)
         metrics = metrics_of(trainer)
         rows = Record.of(trainer).rows()
-        baselines = _baselines(trainer)
+        validated = {name: _last(rows, name) for name in _validation_names(rows)}
+        baselines = _baselines(trainer, predicted=validated.get("val/bits_per_byte") is not None)
+        if objective.unigram_loss is not None:
+            baselines["unigram/loss"] = objective.unigram_loss
         summary: dict[str, Any] = {
             "steps": trainer.global_step,
             "tokens": metrics.tokens if metrics else None,
             "wall_s": round(time.monotonic() - self._start_s, 3),
             "tokens_per_s": metrics.tokens / metrics.train_s if metrics and metrics.train_s else None,
             "parameters": objective.network.n_parameters(),
-            **{name: _last(rows, name) for name in ("train/loss", "val/loss", "val/bits_per_byte")},
+            "train/loss": _last(rows, "train/loss"),
+            **validated,
             "baselines": baselines,
             "commit": commit(),
             "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
@@ -90,8 +94,17 @@ def _last(rows: list[Row], name: str) -> float | None:
     return next((row[name] for row in reversed(rows) if name in row), None)
 
 
-def _baselines(trainer: L.Trainer) -> dict[str, float]:
-    """Of the first megabytes of held-out text: gzip -9 takes a second for 10 of them, and the devices wait."""
+def _validation_names(rows: list[Row]) -> list[str]:
+    """`val/loss`, and all else that was validated."""
+    found = (name for row in rows for name in row if name.startswith("val/"))
+    return list(dict.fromkeys(["val/loss", *found]))
+
+
+def _baselines(trainer: L.Trainer, *, predicted: bool) -> dict[str, float]:
+    """Of the first megabytes of held-out text, if that was predicted whole: gzip -9 takes a second for 10 of them, and
+    the devices wait."""
+    if not predicted:
+        return {}
     texts: list[str] = []
     n_characters = 0
     for text in trainer.datamodule.val_texts():  # type: ignore[attr-defined]
@@ -113,15 +126,41 @@ def _print(summary: dict[str, Any], samples: list[str], run_dir: Path) -> None:
     for number, text in enumerate(samples, 1):
         console.print(Panel(Text(text), title=f"sample {number}", border_style="dim"))
     console.print(_headline(summary), highlight=False)
-    table = Table("held-out text", "bits per byte")
-    for name, value in summary["baselines"].items():
-        table.add_row(name.removesuffix("/bits_per_byte"), f"{value:.3f}")
-    table.add_row("[bold]this model[/bold]", f"[bold]{_number(summary['val/bits_per_byte'], '.3f')}[/bold]")
-    console.print(table)
+    if summary["val/loss"] is not None:
+        console.print(_table(summary))
+    for line in _findings(summary):
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(f"Everything lies in {run_dir.resolve()}:", highlight=False, soft_wrap=True)
     for name, what in _CONTENTS.items():
         if (run_dir / name).exists():
             console.print(f"  {name:<14}{what}", highlight=False, soft_wrap=True)
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    """The model below what it has to beat, in each unit that the run has."""
+    units = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
+    units = {unit: title for unit, title in units.items() if f"val/{unit}" in summary}
+    table = Table("held-out text", *units.values())
+    for name in dict.fromkeys(key.partition("/")[0] for key in summary["baselines"]):
+        table.add_row(name, *(_number(summary["baselines"].get(f"{name}/{unit}"), ".3f") for unit in units))
+    own = (f"[bold]{_number(summary[f'val/{unit}'], '.3f')}[/bold]" for unit in units)
+    table.add_row("[bold]this model[/bold]", *own)
+    return table
+
+
+def _findings(summary: dict[str, Any]) -> list[str]:
+    """What else was validated: the loss of each task, and how well pairs are told apart."""
+    prefix = "val/loss/"
+    lines = [
+        f"{name.removeprefix(prefix)}: {_number(value, '.3f')} nats per token"
+        for name, value in summary.items()
+        if name.startswith(prefix)
+    ]
+    accuracy, n_pairs = summary.get("val/next_sentence_accuracy"), summary.get("val/next_sentence_pairs")
+    if accuracy is not None and n_pairs:
+        low, high = wilson_interval(accuracy, n_pairs)
+        lines.append(f"next sentence: {accuracy:.1%} of {n_pairs:,.0f} pairs right (95 %: {low:.1%} to {high:.1%})")
+    return lines
 
 
 def _headline(summary: dict[str, Any]) -> str:

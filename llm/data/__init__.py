@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from llm.data.source import DataError, Files, Hub, Source, StandardLibrary
+from llm.data.task import FillInTheMiddle, Masking, NextToken, SpanDenoising, Task
 
 # These load torch or lightning, which a config mistake must not wait for.
 _HOMES = {
@@ -11,7 +12,19 @@ _HOMES = {
     "TextData": "llm.data.module",
 }
 
-__all__ = ["DataError", "Files", "Hub", "Source", "StandardLibrary", *_HOMES]
+__all__ = [
+    "DataError",
+    "Files",
+    "FillInTheMiddle",
+    "Hub",
+    "Masking",
+    "NextToken",
+    "Source",
+    "SpanDenoising",
+    "StandardLibrary",
+    "Task",
+    *_HOMES,
+]
 
 
 def __getattr__(name: str) -> Any:

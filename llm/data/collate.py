@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llm.data.example import (
+    IGNORED,
+    Fields,
+    Symbols,
+    cut_spans,
+    enclosed,
+    fill_in_the_middle,
+    generator,
+    hide,
+    laid_out,
+)
 from llm.data.prepare import Rows
-
-IGNORED = -100  # a label that is not predicted, as in torch's cross entropy
+from llm.data.task import FillInTheMiddle, Masking, NextToken, SpanDenoising
 
 Batch = dict[str, Tensor]
 
@@ -30,7 +41,7 @@ class Step:
 
 def assemble(rows: Rows, chosen: np.ndarray, document_mask: bool, pad_id: int) -> dict[str, np.ndarray]:
     """Rows `chosen` of one source as tokens, labels, documents, positions, all int64 [B, T]; -1 gives an empty row."""
-    length = rows.max_length
+    length = rows.widths.row
     n_rows = len(chosen)
     empty = chosen < 0
     first = np.where(chosen > 0, rows.ends[chosen - 1], 0)
@@ -64,18 +75,134 @@ def assemble(rows: Rows, chosen: np.ndarray, document_mask: bool, pad_id: int) -
     return {name: array.reshape(n_rows, length) for name, array in arrays.items()}
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What decides, beside the rows, how a batch looks.
+
+    document_mask  documents of one row do not see each other
+    pairs          whether any of the tasks has pairs: then every batch has the fields for them
+    """
+
+    symbols: Symbols
+    document_mask: bool
+    seed: int
+    pairs: bool = False
+
+
 def assemble_mixture(
-    sources: list[Rows], source: np.ndarray, chosen: np.ndarray, document_mask: bool, pad_id: int
+    parts: list[Rows], part: np.ndarray, chosen: np.ndarray, epoch: np.ndarray, settings: Settings
 ) -> dict[str, np.ndarray]:
-    """As `assemble`, row i coming from `sources[source[i]]`; adds samples (int64 [B]), counted over all sources."""
-    offsets = np.cumsum([0, *map(len, sources)])[:-1]
-    samples = {"samples": np.where(chosen < 0, -1, chosen + offsets[source])}
-    if len(sources) == 1:
-        return assemble(sources[0], chosen, document_mask, pad_id) | samples
-    parts = [(mine, index) for index in range(len(sources)) if len(mine := np.flatnonzero(source == index))]
-    made = [assemble(sources[index], chosen[mine], document_mask, pad_id) for mine, index in parts]
-    back = np.argsort(np.concatenate([mine for mine, _ in parts]))
-    return {name: np.concatenate([part[name] for part in made])[back] for name in made[0]} | samples
+    """Row i being row chosen[i] of `parts[part[i]]` in its epoch[i]; adds samples (int64 [B]), counted over
+    all parts."""
+    offsets = np.cumsum([0, *map(len, parts)])[:-1]
+    samples = {"samples": np.where(chosen < 0, -1, chosen + offsets[part])}
+    groups = [(mine, index) for index in range(len(parts)) if len(mine := np.flatnonzero(part == index))]
+    made = [_assembled(parts[index], index, chosen[mine], epoch[mine], settings) for mine, index in groups]
+    for name in ("cls_at", "pair_labels") if settings.pairs else ():
+        width = max(arrays[name].shape[1] for arrays in made)
+        for arrays in made:
+            room = ((0, 0), (0, width - arrays[name].shape[1]))
+            arrays[name] = np.pad(arrays[name], room, constant_values=0 if name == "cls_at" else IGNORED)
+    if len(made) == 1:
+        return made[0] | samples
+    back = np.argsort(np.concatenate([mine for mine, _ in groups]))
+    return {name: np.concatenate([arrays[name] for arrays in made])[back] for name in made[0]} | samples
+
+
+def _assembled(
+    rows: Rows, part: int, chosen: np.ndarray, epoch: np.ndarray, settings: Settings
+) -> dict[str, np.ndarray]:
+    """Rows of one part, as their task shows them."""
+    if isinstance(rows.task, NextToken):
+        return assemble(rows, chosen, settings.document_mask, settings.symbols.pad)
+    made = []
+    for row, turn in zip(chosen.tolist(), epoch.tolist(), strict=True):
+        first = int(rows.ends[row - 1]) if row > 0 else 0
+        pieces = range(first, int(rows.ends[row])) if row >= 0 else range(0)
+        draw = generator(settings.seed, part, turn, max(row, 0))
+        made.append(_ROW[type(rows.task)](rows, pieces, draw, settings))
+    ragged = {name: max(len(fields[name]) for fields in made) for name in ("cls_at", "pair_labels") if settings.pairs}
+    for name, width in ragged.items():
+        filler = 0 if name == "cls_at" else IGNORED
+        for fields in made:
+            fields[name] = np.pad(fields[name], (0, max(1, width) - len(fields[name])), constant_values=filler)
+    return {name: np.stack([fields[name] for fields in made]) for name in made[0]}
+
+
+def _middle_row(rows: Rows, pieces: range, draw: np.random.Generator, settings: Settings) -> Fields:
+    """A decoder's row of documents, some with the middle last."""
+    assert isinstance(rows.task, FillInTheMiddle)
+    shown = [
+        fill_in_the_middle(
+            _stored(rows.tokens, rows.starts[piece], rows.lengths[piece] + 1), rows.task, settings.symbols, draw
+        )
+        for piece in pieces
+    ]
+    return laid_out(shown, rows.widths.row, {"tokens": settings.symbols.pad, "labels": IGNORED}, settings.document_mask)
+
+
+def _masked_row(rows: Rows, pieces: range, draw: np.random.Generator, settings: Settings) -> Fields:
+    """An encoder's row of pieces or pairs, with tokens hidden."""
+    task, symbols = rows.task, settings.symbols
+    assert isinstance(task, Masking)
+    shown, labels = [], []
+    for piece in pieces:
+        spans = [(int(rows.starts[piece]), int(rows.lengths[piece]))]
+        if rows.has_pairs:
+            second, n_second, label = rows.second
+            spans.append((int(second[piece]), int(n_second[piece])))
+            labels.append(int(label[piece]))
+        text = np.concatenate([_stored(rows.tokens, *span) for span in spans])
+        words = None
+        if rows.words is not None and task.whole_word:
+            words = np.concatenate([_begun(rows.words[start : start + length]) for start, length in spans])
+        hidden = hide(text, words, task, symbols, draw)
+        cut = spans[0][1]
+        halves = [{name: values[:cut] for name, values in hidden.items()}]
+        if rows.has_pairs:
+            halves.append({name: values[cut:] for name, values in hidden.items()})
+        shown.append(enclosed(halves, symbols))
+    padding = {"tokens": symbols.pad, "labels": IGNORED, "segments": 0}
+    row = laid_out(shown, rows.widths.row, padding, settings.document_mask)
+    if settings.pairs:
+        sizes = np.array([len(piece["tokens"]) for piece in shown], np.int64)
+        row["cls_at"] = np.cumsum(sizes) - sizes
+        row["pair_labels"] = np.array(labels or [IGNORED] * len(shown), np.int64)
+    return row
+
+
+def _span_row(rows: Rows, pieces: range, draw: np.random.Generator, settings: Settings) -> Fields:
+    """An encoder-decoder's row of sources, and the row of their targets."""
+    task, symbols = rows.task, settings.symbols
+    assert isinstance(task, SpanDenoising)
+    sources, targets = [], []
+    for piece in pieces:
+        text = _stored(rows.tokens, rows.starts[piece], rows.lengths[piece])
+        source, target = cut_spans(text, task, symbols, draw)
+        sources.append({"tokens": source})
+        targets.append({"tokens": np.concatenate([[symbols.pad], target[:-1]]), "labels": target})
+    source_row = laid_out(sources, rows.widths.row, {"tokens": symbols.pad}, settings.document_mask)
+    padding = {"tokens": symbols.pad, "labels": IGNORED}
+    target_row = laid_out(targets, rows.widths.target, padding, settings.document_mask)
+    return target_row | {f"source_{name}": values for name, values in source_row.items()}
+
+
+_ROW: dict[type, Callable[[Rows, range, np.random.Generator, Settings], Fields]] = {
+    FillInTheMiddle: _middle_row,
+    Masking: _masked_row,
+    SpanDenoising: _span_row,
+}
+
+
+def _stored(tokens: np.ndarray, start: int, length: int) -> np.ndarray:
+    return tokens[start : start + length].astype(np.int64)
+
+
+def _begun(words: np.ndarray) -> np.ndarray:
+    """Where words begin in a piece, which may itself begin in the middle of one: what is there of it is a word."""
+    words = words.copy()
+    words[:1] = True
+    return words
 
 
 def to_batch(arrays: dict[str, np.ndarray]) -> Batch:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,22 @@ from annotated_types import Ge
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from llm.data.collate import Step, assemble_mixture, label_bytes, split, to_batch
+from llm.data.collate import Settings, Step
+from llm.data.example import Symbols
 from llm.data.order import Order
 from llm.data.prepare import FORMAT, Held, Recipe, Rows, prepare_rows, prepare_tokenizer, prepare_tokens
 from llm.data.source import DataError, Files, Source, digest
+from llm.data.steps import From, TrainSteps, ValSteps
+from llm.data.task import Masking, NextToken, Task, Widths
 from llm.launch import die_with_parent
 from llm.tokenizer import Tokenizer
+
+
+class Part(NamedTuple):
+    """One source as one task shows it: what a row of a mixture is drawn from."""
+
+    source: str
+    task: str
 
 
 @dataclass(frozen=True)
@@ -29,18 +39,20 @@ class _Prepared:
     """What preparation leaves behind: everything but the tokenizer is files."""
 
     tokenizer: Tokenizer
-    train: dict[str, Rows]
-    val: dict[str, Rows]
+    train: dict[Part, Rows]
+    val: dict[Part, Rows]
 
 
 class TextData(LightningDataModule):
     """Packed rows of text for pretraining.
 
-    Exactly one of `sources` (named, mixed by their weights) and `path` (files, whose text is in `column`) says what
-    to read. Every `val_every`-th document of a source without validation files of its own is held out; None holds
+    `tasks` says what the text becomes: named, mixed by their weights, and all of one family of models; None is next
+    tokens. Exactly one of `sources` (named, mixed by their weights) and `path` (files, whose text is in `column`) says
+    what to read. Every `val_every`-th document of a source without validation files of its own is held out; None holds
     nothing out. `batch_size` counts the rows of one optimizer step over all processes; each process computes its
-    share `micro_batch_size` rows at a time (None: all at once). With `document_mask` documents of one row do not see
-    each other.
+    share `micro_batch_size` rows at a time (None: all at once). Rows of an encoder-decoder have
+    `max_length` positions for the source and `target_length` for the target (None: what the tasks make of a full
+    source). With `document_mask` documents of one row do not see each other.
     """
 
     def __init__(
@@ -49,7 +61,9 @@ class TextData(LightningDataModule):
         sources: Mapping[str, Source] | None = None,
         path: str | list[str] | None = None,
         column: str = "text",
+        tasks: Mapping[str, Task] | None = None,
         max_length: Annotated[int, Ge(1)] = 256,
+        target_length: Annotated[int, Ge(1)] | None = None,
         batch_size: Annotated[int, Ge(1)] = 64,
         micro_batch_size: Annotated[int, Ge(1)] | None = None,
         val_every: Annotated[int, Ge(2)] | None = 20,
@@ -69,9 +83,12 @@ class TextData(LightningDataModule):
             raise ValueError("data.sources is empty: name at least one source")
         if val_every is not None and val_every < 2:
             raise ValueError(f"data.val_every={val_every}: must be at least 2, or null to hold nothing out")
+        self.tasks: dict[str, Task] = dict(tasks or {"causal_lm": NextToken()})
+        self.family = _family(self.tasks)
         self.recipe = tokenizer
         self.sources: dict[str, Source] = dict(sources or {"files": Files(path or "", column)})
         self.max_length = max_length
+        self.target_length = _target_length(target_length, self.tasks, max_length)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.val_every = val_every
@@ -93,21 +110,38 @@ class TextData(LightningDataModule):
     @cached_property
     def _prepared(self) -> _Prepared:
         tokenizer = prepare_tokenizer(self.recipe, self.sources, self.val_every, self.cache_dir)
-        train: dict[str, Rows] = {}
-        val: dict[str, Rows] = {}
+        widths = Widths(self.max_length, self.target_length or 0)
+        for name, task in self.tasks.items():
+            task.check(name, tokenizer)
+            task.check_row(name, widths, tokenizer)
+        words = any(task.needs_words for task in self.tasks.values())
+        train: dict[Part, Rows] = {}
+        val: dict[Part, Rows] = {}
         for name, source in self.sources.items():
-            tokens = prepare_tokens(name, source, tokenizer, self.cache_dir)
+            tokens = prepare_tokens(name, source, tokenizer, self.cache_dir, words)
             own = source.validation()
             every = self.val_every if own is None else None
-            train[name] = prepare_rows(name, tokens, Held(every), self.max_length, self.cache_dir)
-            if own is not None:
-                own_tokens = prepare_tokens(name, own, tokenizer, self.cache_dir)
-                val[name] = prepare_rows(name, own_tokens, Held(), self.max_length, self.cache_dir)
-            elif every is not None:
+            held = None if own is None else (prepare_tokens(name, own, tokenizer, self.cache_dir, words), Held())
+            if every is not None:
                 if tokens.meta["documents"] < every:
                     raise DataError(_too_few(name, tokens.meta["documents"], every))
-                val[name] = prepare_rows(name, tokens, Held(every, out=True), self.max_length, self.cache_dir)
+                held = tokens, Held(every, out=True)
+            for task_name, task in self.tasks.items():
+                part, layout = Part(name, task_name), (task, widths)
+                train[part] = prepare_rows(name, tokens, Held(every), layout, self.cache_dir, self.seed)
+                if held is not None:
+                    val[part] = prepare_rows(name, *held, layout, self.cache_dir, self.seed)
         return _Prepared(tokenizer, train, val)
+
+    @property
+    def task_names(self) -> list[str]:
+        """What the numbers in a batch's `tasks` stand for."""
+        return list(self.tasks)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether batches hold pairs of texts to be judged."""
+        return any(isinstance(task, Masking) and task.next_sentence for task in self.tasks.values())
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -119,13 +153,15 @@ class TextData(LightningDataModule):
         total = sum(source.weight for source in self.sources.values())
         weights = {name: round(source.weight / total, 9) for name, source in self.sources.items()}
         contents = {
-            name: (rows.tokens_cache.meta["content"], rows.rows_cache.meta["held"])
-            for name, rows in self._prepared.train.items()
+            part.source: (rows.tokens_cache.meta["content"], rows.rows_cache.meta["held"])
+            for part, rows in self._prepared.train.items()
         }
         return {
             "the text or tokenizer": digest(FORMAT, contents, self.tokenizer.fingerprint),
             "the source weights": digest(weights),
+            "data.tasks": repr(self.tasks),
             "data.max_length": self.max_length,
+            "data.target_length": self.target_length,
             "data.batch_size": self.batch_size,
             "data.document_mask": self.document_mask,
             "data.seed": self.seed,
@@ -151,13 +187,25 @@ class TextData(LightningDataModule):
             "tokens_per_step": round(self.tokens_per_step, 1),
             "steps_per_epoch": self.n_steps(max_epochs=1),
             "cache_dir": str(self.cache_dir),
-            "sources": {name: _text_report(rows) for name, rows in self._prepared.train.items()},
-            **{split: {name: _rows_report(rows) for name, rows in parts.items()} for split, parts in splits.items()},
+            "target_length": self.target_length,
+            "sources": {part.source: _text_report(rows) for part, rows in self._prepared.train.items()},
+            **{split: self._rows_report(parts) for split, parts in splits.items()},
         }
+
+    def _rows_report(self, parts: dict[Part, Rows]) -> dict[str, Any]:
+        """By source, and within it by task if there are several."""
+        report: dict[str, Any] = {}
+        for part, rows in parts.items():
+            if len(self.tasks) == 1:
+                report[part.source] = _rows_report(rows)
+            else:
+                report.setdefault(part.source, {})[part.task] = _rows_report(rows)
+        return report
 
     def val_texts(self) -> Iterator[str]:
         """The held-out documents, decoded (the very text where the tokenizer is byte-level)."""
-        for rows in self._prepared.val.values():
+        first = next(iter(self.tasks))
+        for rows in (rows for part, rows in self._prepared.val.items() if part.task == first):
             for tokens in rows.documents():
                 yield self.tokenizer.decode(tokens)
 
@@ -169,7 +217,8 @@ class TextData(LightningDataModule):
         train = self._prepared.train
         n_rows = tuple(len(rows) for rows in train.values())
         shares = tuple(
-            self.sources[name].weight * len(rows) / rows.rows_cache.meta["inputs"] for name, rows in train.items()
+            self.sources[part.source].weight * self.tasks[part.task].weight * len(rows) / rows.rows_cache.meta["inputs"]
+            for part, rows in train.items()
         )
         return Order(n_rows, shares, self.batch_size, self.seed)
 
@@ -207,29 +256,28 @@ class TextData(LightningDataModule):
             raise ValueError(
                 f"trainer.max_steps={n_steps}: the data has no end of its own; say how many steps to train"
             )
-        steps = TrainSteps(
-            list(self._prepared.train.values()),
-            self.order,
-            (rank, world_size, self.micro_batch_size),
-            self.document_mask,
-            self.tokenizer.pad_id,
-        )
-        return self._loader(steps, _From(self.next_batch, n_steps))
+        place = (rank, world_size, self.micro_batch_size)
+        steps = TrainSteps(*self._mixture(self._prepared.train), place, self._settings, self.order)
+        return self._loader(steps, From(self.next_batch, n_steps))
 
     def val_dataloader(self) -> DataLoader[Step] | list[Any]:
         """This process's share of the held-out rows, `batch_size` at a time over all processes; every row once."""
         rank, world_size = self._place()
         if not self._prepared.val:
             return []
-        steps = ValSteps(
-            list(self._prepared.val.values()),
-            self.batch_size,
-            (rank, world_size, self.micro_batch_size),
-            self.document_mask,
-            self.tokenizer.pad_id,
-            self.tokenizer.token_bytes,
-        )
-        return self._loader(steps, _From(0, len(steps)))
+        place = (rank, world_size, self.micro_batch_size)
+        token_bytes = self.tokenizer.token_bytes if self.family == "decoder" else None
+        steps = ValSteps(*self._mixture(self._prepared.val), place, self._settings, self.batch_size, token_bytes)
+        return self._loader(steps, From(0, len(steps)))
+
+    def _mixture(self, parts: dict[Part, Rows]) -> tuple[list[Rows], np.ndarray]:
+        """The parts in order, and the number of the task of each (int64)."""
+        names = self.task_names
+        return list(parts.values()), np.array([names.index(part.task) for part in parts], np.int64)
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(Symbols.of(self.tokenizer), self.document_mask, self.seed, self.has_pairs)
 
     def _place(self) -> tuple[int, int]:
         """Which share of each batch is this process's: the strategy knows, as several processes may have the same."""
@@ -280,72 +328,6 @@ class TextData(LightningDataModule):
             )
 
 
-class TrainSteps(Dataset[Step]):
-    """Step N as one process sees it: its slice of the global batch. `place`: rank, world size, rows at once."""
-
-    def __init__(
-        self, sources: list[Rows], order: Order, place: tuple[int, int, int | None], document_mask: bool, pad_id: int
-    ) -> None:
-        self.sources, self.order, self.place = sources, order, place
-        self.document_mask, self.pad_id = document_mask, pad_id
-
-    def __getitem__(self, index: int) -> Step:
-        rank, world_size, micro_batch_size = self.place
-        slots = self.order.batch(index)
-        share = len(slots.row) // world_size
-        mine = slice(rank * share, (rank + 1) * share)
-        arrays = assemble_mixture(self.sources, slots.source[mine], slots.row[mine], self.document_mask, self.pad_id)
-        return Step(index, split(to_batch(arrays), micro_batch_size or share))
-
-
-class ValSteps(Dataset[Step]):
-    """The held-out rows in order, so many at a time over all processes that step N has the same rows for any number of
-    them. The last step is shorter; a process that has fewer rows left for it than others gets an empty one.
-    """
-
-    def __init__(
-        self,
-        sources: list[Rows],
-        batch_size: int,
-        place: tuple[int, int, int | None],
-        document_mask: bool,
-        pad_id: int,
-        token_bytes: np.ndarray,
-    ) -> None:
-        self.sources, self.batch_size, self.place = sources, batch_size, place
-        self.document_mask, self.pad_id, self.token_bytes = document_mask, pad_id, token_bytes
-        self.ends = np.cumsum([len(rows) for rows in sources])
-
-    def __len__(self) -> int:
-        return -(-int(self.ends[-1]) // self.batch_size)
-
-    def __getitem__(self, index: int) -> Step:
-        rank, world_size, micro_batch_size = self.place
-        first = index * self.batch_size
-        share = -(-min(self.batch_size, int(self.ends[-1]) - first) // world_size)
-        sample = first + rank * share + np.arange(share)
-        source = np.searchsorted(self.ends, sample, side="right")
-        empty = source == len(self.ends)
-        source[empty] = 0
-        row = np.where(empty, -1, sample - (self.ends - np.diff(self.ends, prepend=0))[source])
-        arrays = assemble_mixture(self.sources, source, row, self.document_mask, self.pad_id)
-        arrays["n_bytes"] = label_bytes(arrays["labels"], self.token_bytes)
-        return Step(index, split(to_batch(arrays), micro_batch_size or share))
-
-
-class _From(Sampler[int]):
-    """Counts from `first` to `last`; its length is `last`, as the trainer counts the steps of the whole run."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.first, self.last))
-
-    def __len__(self) -> int:
-        return self.last
-
-
 def _text_report(rows: Rows) -> dict[str, Any]:
     meta = rows.tokens_cache.meta
     kept = {name: meta[name] for name in ("documents", "empty", "tokens", "bytes")}
@@ -353,8 +335,27 @@ def _text_report(rows: Rows) -> dict[str, Any]:
 
 
 def _rows_report(rows: Rows) -> dict[str, Any]:
-    kept = {name: rows.rows_cache.meta[name] for name in ("documents", "inputs", "rows", "cut")}
-    return kept | {"fill": round(rows.rows_cache.meta["fill"], 6)}
+    meta = rows.rows_cache.meta
+    kept = {name: meta[name] for name in ("documents", "inputs", "rows", "cut")}
+    kept |= {"pairs": meta["pairs"]} if meta["pairs"] else {}
+    return kept | {name: round(meta[name], 6) for name in ("fill", "target_fill") if name in meta}
+
+
+def _family(tasks: Mapping[str, Task]) -> str:
+    """Whose rows the tasks make. Raises ValueError for those of several families."""
+    families = {name: task.family for name, task in tasks.items()}
+    if len(set(families.values())) > 1:
+        listed = ", ".join(f"{name} (model.family={family})" for name, family in families.items())
+        raise ValueError(f"data.tasks: {listed} are for several families of models; take those of one")
+    return next(iter(families.values()))
+
+
+def _target_length(given: int | None, tasks: Mapping[str, Task], max_length: int) -> int | None:
+    """Positions of a row's target; None where rows have none."""
+    made = max(task.target_width(max_length) for task in tasks.values())
+    if given is not None and not made:
+        raise ValueError(f"data.target_length={given}: rows of {', '.join(tasks)} have no target; leave it null")
+    return given or made or None
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

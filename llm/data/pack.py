@@ -7,7 +7,7 @@ same result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,30 +27,45 @@ class Packed:
     n_cut: int  # documents longer than a row
 
 
-def pack(starts: np.ndarray, lengths: np.ndarray, max_length: int) -> Iterator[Packed]:
-    """Rows of `max_length` positions from documents of `lengths` inputs that begin at tokens `starts`, by block."""
+Cost = Callable[[np.ndarray], np.ndarray]
+
+
+def pack(
+    starts: np.ndarray, lengths: np.ndarray, max_length: int, longest: int | None = None, cost: Cost | None = None
+) -> Iterator[Packed]:
+    """Rows of `max_length` positions from documents of `lengths` inputs that begin at tokens `starts`, by block.
+
+    Pieces are at most `longest` inputs long (None: as long as a row), and take `cost(lengths)` positions (None: one for
+    each input).
+    """
     for first in range(0, len(starts), BLOCK):
         block = slice(first, first + BLOCK)
-        yield _pack_block(starts[block].astype(np.int64), lengths[block].astype(np.int64), max_length)
+        cut = (starts[block].astype(np.int64), lengths[block].astype(np.int64), longest or max_length)
+        yield _pack_block(*cut, max_length, cost or (lambda lengths: lengths))
 
 
-def _pack_block(starts: np.ndarray, lengths: np.ndarray, max_length: int) -> Packed:
+def _pack_block(starts: np.ndarray, lengths: np.ndarray, longest: int, max_length: int, cost: Cost) -> Packed:
     # Every document of more than a row is cut into whole rows and a rest.
-    n_pieces = -(-lengths // max_length)
+    n_pieces = -(-lengths // longest)
     document = np.repeat(np.arange(len(starts)), n_pieces)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
-    offset = nth * max_length
-    piece_lengths = np.minimum(lengths[document] - offset, max_length)
-    row = best_fit_decreasing(piece_lengths, max_length)
-    # Best fit leaves the pieces of a row by falling length, which says nothing about the text: back to the order of
-    # the text.
-    order = np.argsort(row, kind="stable")
+    offset = nth * longest
+    piece_lengths = np.minimum(lengths[document] - offset, longest)
+    order, ends = placed(cost(piece_lengths), max_length)
     return Packed(
         starts=(starts[document] + offset)[order],
         lengths=piece_lengths[order].astype(np.int32),
-        ends=np.cumsum(np.bincount(row)),
+        ends=ends,
         n_cut=int((n_pieces > 1).sum()),
     )
+
+
+def placed(costs: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces that take `costs` positions, in rows: their order, and where in it each row ends (int64 both)."""
+    row = best_fit_decreasing(costs, max_length)
+    # Best fit leaves the pieces of a row by falling length, which says nothing about the text: back to the order of
+    # the text.
+    return np.argsort(row, kind="stable"), np.cumsum(np.bincount(row))
 
 
 def best_fit_decreasing(lengths: np.ndarray, max_length: int) -> np.ndarray:

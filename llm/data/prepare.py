@@ -11,20 +11,24 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from llm.data.cache import Cache, cached
-from llm.data.pack import BLOCK, pack
+from llm.data.pack import BLOCK, pack, placed
+from llm.data.pair import draw_pairs
 from llm.data.source import DataError, Source, digest
+from llm.data.task import Masking, Task, Widths
 from llm.tokenizer import Tokenizer
 
 # Raised whenever the files or the way to them change: older caches are then made anew.
-FORMAT = 1
+FORMAT = 2
 # What the tokenizer is trained on, in characters: BPE merges of a few thousand entries are settled long before.
 _SAMPLE = 10_000_000
 # How far into each source the sample reaches.
@@ -67,13 +71,14 @@ class Rows:
 
     tokens_cache: Cache
     rows_cache: Cache
-    max_length: int
+    task: Task
+    widths: Widths
 
     def __len__(self) -> int:
         return self.rows_cache.meta["rows"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("tokens_cache", "rows_cache", "max_length")}
+        return {name: self.__dict__[name] for name in ("tokens_cache", "rows_cache", "task", "widths")}
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -91,6 +96,22 @@ class Rows:
     @cached_property
     def ends(self) -> np.ndarray:
         return _map(self.rows_cache, "ends.bin", "int64")
+
+    @cached_property
+    def words(self) -> np.ndarray | None:
+        """bool, beside `tokens`: where a word begins; None where the task does not ask for it."""
+        return _map(self.tokens_cache, "words.bin", "bool") if self.tokens_cache.meta["words"] else None
+
+    @cached_property
+    def second(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of pairs: where their second parts begin, their tokens, and the labels."""
+        files = {"second.bin": "int64", "second_lengths.bin": "int32", "pair_labels.bin": "int64"}
+        starts, lengths, labels = (_map(self.rows_cache, name, dtype) for name, dtype in files.items())
+        return starts, lengths, labels
+
+    @property
+    def has_pairs(self) -> bool:
+        return self.rows_cache.meta["pairs"] > 0
 
     def documents(self) -> Iterator[np.ndarray]:
         """The tokens of each document of this split, without the ends of text around them."""
@@ -153,18 +174,25 @@ def _thinned(texts: Iterator[str], n_characters: int, name: str) -> list[str]:
     return kept
 
 
-def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path) -> Cache:
-    """Every document of `source` as tokens: tokens.bin, and documents.bin (int64, where each begins, and the end)."""
-    key = digest(FORMAT, source.fingerprint(), tokenizer.fingerprint)
+def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path, words: bool = False) -> Cache:
+    """Every document of `source` as tokens: tokens.bin, and documents.bin (int64, where each begins, and the end); with
+    `words` also words.bin (bool, where a word begins)."""
+    key = digest(FORMAT, source.fingerprint(), tokenizer.fingerprint, words)
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
 
     def build(folder: Path) -> dict[str, Any]:
         started = reported = time.monotonic()
         tokens_digest, bounds_digest = hashlib.sha256(), hashlib.sha256()
         n_tokens = n_documents = n_bytes = n_empty = 0
-        with (folder / "tokens.bin").open("wb") as tokens, (folder / "documents.bin").open("wb") as documents:
-            for texts, encoded, empty in _encoded(source.documents(), tokenizer):
+        with (
+            (folder / "tokens.bin").open("wb") as tokens,
+            (folder / "documents.bin").open("wb") as documents,
+            (folder / "words.bin").open("wb") as begins,
+        ):
+            for texts, encoded, starts, empty in _encoded(source.documents(), tokenizer, words):
                 flat, sizes = _joined(encoded, tokenizer.eot_id, dtype)
+                if words:
+                    begins.write(_joined(starts, 1, np.dtype("bool"))[0].data)
                 bounds = n_tokens + np.cumsum(sizes) - sizes
                 tokens.write(flat.data)
                 documents.write(bounds.data)
@@ -187,6 +215,7 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path) 
             "empty": n_empty,
             "tokens": n_tokens - 2 * n_documents,
             "bytes": n_bytes,
+            "words": words,
             "content": digest(tokens_digest.hexdigest(), bounds_digest.hexdigest()),
             "seconds": round(time.monotonic() - started, 2),
         }
@@ -194,54 +223,119 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path) 
     return cached(root, "tokens", key, build)
 
 
-def prepare_rows(name: str, tokens: Cache, held: Held, max_length: int, root: Path) -> Rows:
-    """One split of a token file in rows of `max_length`: starts.bin, lengths.bin and ends.bin, as in `Packed`."""
-    key = digest(FORMAT, tokens.path.name, tokens.meta["content"], held, max_length, BLOCK)
+def prepare_rows(name: str, tokens: Cache, held: Held, layout: tuple[Task, Widths], root: Path, seed: int = 0) -> Rows:
+    """One split of a token file in rows: starts.bin, lengths.bin and ends.bin, as in `Packed`.
+
+    Next-token pieces count inputs from the end of text before a document on, others its tokens. Pairs, drawn from
+    `seed`, have further files for their second parts.
+    """
+    task, widths = layout
+    pairs = isinstance(task, Masking) and task.next_sentence
+    drawn = (task.n_copies, seed) if isinstance(task, Masking) and pairs else None
+    packing = (type(task).__name__, task.longest(widths), task.cost(np.arange(1, 65), widths).tolist(), drawn)
+    key = digest(FORMAT, tokens.path.name, tokens.meta["content"], held, widths, BLOCK, packing)
 
     def build(folder: Path) -> dict[str, Any]:
         bounds = _map(tokens, "documents.bin", "int64")
         chosen = held.select(len(bounds) - 1)
         starts, lengths = bounds[:-1][chosen], np.diff(bounds)[chosen] - 1
-        n_rows = n_pieces = n_cut = 0
-        with (
-            (folder / "starts.bin").open("wb") as starts_file,
-            (folder / "lengths.bin").open("wb") as lengths_file,
-            (folder / "ends.bin").open("wb") as ends_file,
-        ):
-            for block in pack(starts, lengths, max_length):
-                starts_file.write(block.starts.data)
-                lengths_file.write(block.lengths.data)
-                ends_file.write((block.ends + n_pieces).data)
-                n_rows, n_pieces, n_cut = n_rows + len(block.ends), n_pieces + len(block.starts), n_cut + block.n_cut
-        n_inputs = int(lengths.sum())
+        if task.family != "decoder":
+            starts, lengths = starts + 1, lengths - 1
+        made = _pair_rows if pairs else _piece_rows
         return {
             "source": name,
             "held": asdict(held),
-            "max_length": max_length,
+            "max_length": widths.row,
             "documents": len(starts),
-            "inputs": n_inputs,
-            "rows": n_rows,
-            "fill": n_inputs / (n_rows * max_length) if n_rows else 0.0,
-            "cut": n_cut,
+            **made(folder, starts, lengths, layout, seed),
         }
 
-    return Rows(tokens, cached(root, "rows", key, build), max_length)
+    return Rows(tokens, cached(root, "rows", key, build), task, widths)
 
 
-def _encoded(texts: Iterator[str], tokenizer: Tokenizer) -> Iterator[tuple[list[str], list[np.ndarray], int]]:
-    """(texts, their tokens, how many empty ones were left out), chunk by chunk.
+def _piece_rows(
+    folder: Path, starts: np.ndarray, lengths: np.ndarray, layout: tuple[Task, Widths], seed: int
+) -> dict[str, Any]:
+    """Write documents, cut where they are too long; returns what they came to."""
+    task, widths = layout
+    n_rows = n_pieces = n_cut = n_used = n_target = 0
+    with _files(folder, "starts", "lengths", "ends") as (starts_file, lengths_file, ends_file):
+        for block in pack(starts, lengths, widths.row, task.longest(widths), lambda n: task.cost(n, widths)):
+            starts_file.write(block.starts.data)
+            lengths_file.write(block.lengths.data)
+            ends_file.write((block.ends + n_pieces).data)
+            used, target = task.used(block.lengths.astype(np.int64))
+            n_used, n_target = n_used + used, n_target + target
+            n_rows, n_pieces, n_cut = n_rows + len(block.ends), n_pieces + len(block.starts), n_cut + block.n_cut
+    return _totals(n_rows, n_cut, n_used, n_target, widths)
+
+
+def _pair_rows(
+    folder: Path, starts: np.ndarray, lengths: np.ndarray, layout: tuple[Task, Widths], seed: int
+) -> dict[str, Any]:
+    """Write pairs of parts of documents, some copies of them; returns what they came to."""
+    task, widths = layout
+    assert isinstance(task, Masking)
+    if (lengths > 0).sum() < 2:
+        raise DataError(
+            "data.tasks.masked_lm.next_sentence: the second part of a pair may come from another document, but there "
+            "is none; read more documents, or set it to false"
+        )
+    names = ("starts", "lengths", "ends", "second", "second_lengths", "pair_labels")
+    n_rows = n_pairs = n_used = 0
+    blocks = [slice(first, first + BLOCK) for first in range(0, len(starts), BLOCK)]
+    blocks = blocks if len(blocks) == 1 or len(starts) % BLOCK != 1 else [*blocks[:-2], slice(blocks[-2].start, None)]
+    with _files(folder, *names) as files:
+        for number, block in enumerate(block for _ in range(task.n_copies) for block in blocks):
+            drawn = draw_pairs(starts[block], lengths[block], widths.row - 3, (seed, number))
+            costs = drawn.n_first + drawn.n_second + 3
+            order, ends = placed(costs, widths.row)
+            first, second = drawn.n_first.astype(np.int32), drawn.n_second.astype(np.int32)
+            columns: list[np.ndarray] = [drawn.first[order], first[order], ends + n_pairs]
+            columns += [drawn.second[order], second[order], drawn.label[order]]
+            for file, column in zip(files, columns, strict=True):
+                file.write(column.data)
+            n_rows, n_pairs, n_used = n_rows + len(ends), n_pairs + len(drawn), n_used + int(costs.sum())
+    return _totals(n_rows, 0, n_used, 0, widths) | {"pairs": n_pairs}
+
+
+def _totals(n_rows: int, n_cut: int, n_used: int, n_target: int, widths: Widths) -> dict[str, Any]:
+    fill = {"fill": n_used / (n_rows * widths.row) if n_rows else 0.0}
+    if n_target:
+        fill["target_fill"] = n_target / (n_rows * widths.target)
+    return {"inputs": n_used + n_target, "rows": n_rows, "cut": n_cut, "pairs": 0, **fill}
+
+
+@contextmanager
+def _files(folder: Path, *names: str) -> Iterator[list[BufferedWriter]]:
+    """FOLDER/NAME.bin for each name, to write to."""
+    with ExitStack() as stack:
+        yield [stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names]
+
+
+def _encoded(
+    texts: Iterator[str], tokenizer: Tokenizer, words: bool
+) -> Iterator[tuple[list[str], list[np.ndarray], list[np.ndarray], int]]:
+    """(texts, their tokens, with `words` where words begin, how many empty ones were left out), chunk by chunk.
 
     While the tokenizer's threads work on one chunk, this one reads the next and hands out the one before.
     """
+
+    def encode(chunk: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        if not words:
+            return tokenizer.encode_batch(chunk), []
+        encoded = tokenizer.encode_words(chunk)
+        return [tokens for tokens, _ in encoded], [starts for _, starts in encoded]
+
     with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[list[str], int, Future[list[np.ndarray]]] | None = None
+        waiting: tuple[list[str], int, Future[tuple[list[np.ndarray], list[np.ndarray]]]] | None = None
         for chunk, empty in _chunks(texts):
-            coming = (chunk, empty, pool.submit(tokenizer.encode_batch, chunk))
+            coming = (chunk, empty, pool.submit(encode, chunk))
             if waiting is not None:
-                yield waiting[0], waiting[2].result(), waiting[1]
+                yield waiting[0], *waiting[2].result(), waiting[1]
             waiting = coming
         if waiting is not None:
-            yield waiting[0], waiting[2].result(), waiting[1]
+            yield waiting[0], *waiting[2].result(), waiting[1]
 
 
 def _chunks(texts: Iterator[str]) -> Iterator[tuple[list[str], int]]:

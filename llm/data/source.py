@@ -54,7 +54,7 @@ class StandardLibrary(Source):
     weight: Annotated[float, Gt(0)] = 1.0
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight)
+        check_weight(self.weight)
 
     def files(self) -> list[Path]:
         """Paths below the library's folder, sorted."""
@@ -96,7 +96,7 @@ class Files(Source):
     weight: Annotated[float, Gt(0)] = 1.0
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight)
+        check_weight(self.weight)
 
     def files(self) -> list[Path]:
         paths: Iterable[str] = [self.path] if isinstance(self.path, str) else self.path
@@ -137,7 +137,7 @@ class Hub(Source):
     weight: Annotated[float, Gt(0)] = 1.0
 
     def __post_init__(self) -> None:
-        _check_weight(self.weight)
+        check_weight(self.weight)
 
     def documents(self) -> Iterator[str]:
         import datasets
@@ -227,6 +227,7 @@ def _expand(path: str) -> list[Path]:
     return found
 
 
-def _check_weight(weight: float) -> None:
+def check_weight(weight: float) -> None:
+    """Raise ValueError unless a share of a mixture is more than nothing."""
     if not weight > 0:
-        raise ValueError(f"weight={weight} of a data source: must be more than 0; leave the source out instead")
+        raise ValueError(f"weight={weight} of a data source or task: must be more than 0; leave it out instead")

@@ -1,6 +1,7 @@
 """What a run is measured by."""
 
-from llm.metric.compression import bits_per_byte, gzip_bits_per_byte, unigram_bits_per_byte
+from llm.metric.compression import bits_per_byte, gzip_bits_per_byte, unigram_bits_per_byte, unigram_nats
+from llm.metric.interval import wilson_interval
 from llm.metric.utilisation import model_flops_utilisation, peak_flops
 
 __all__ = [
@@ -9,4 +10,6 @@ __all__ = [
     "model_flops_utilisation",
     "peak_flops",
     "unigram_bits_per_byte",
+    "unigram_nats",
+    "wilson_interval",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
@@ -30,3 +30,9 @@ def gzip_bits_per_byte(texts: Iterable[str]) -> float:
         n_bytes += len(raw)
         n_compressed += len(gzip.compress(raw, 9))
     return 8 * n_compressed / n_bytes if n_bytes else math.nan
+
+
+def unigram_nats(counts: Sequence[int]) -> float:
+    """Entropy in nats of what occurred so often each, taken one by one: the loss of the best model without context."""
+    total = sum(counts)
+    return -sum(n / total * math.log(n / total) for n in counts if n) if total else math.nan

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import lightning as L
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llm.checkpoint import load_into
+from llm.metric import unigram_nats
 from llm.model import Transformer, TransformerConfig
-from llm.objective.loss import Loss
-from llm.reduce import Totals, all_mean, clip_gradients
+from llm.objective.loss import IGNORED, Loss
+from llm.reduce import Totals, all_mean, all_sum, clip_gradients
 
 Batch = Mapping[str, Tensor]
 
@@ -56,7 +57,11 @@ class Objective(L.LightningModule):
         optimizer: recipe of the optimizer.
         schedule: factor of the learning rate for each step.
         init_from: run or step directory whose weights the training starts from; a resumed run overrides it.
+
+    Raises ValueError if the model is of another family than `family`, which a subclass names.
     """
+
+    family: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -66,6 +71,11 @@ class Objective(L.LightningModule):
         init_from: str | None = None,
     ) -> None:
         super().__init__()
+        if self.family not in (None, model.family):
+            raise ValueError(
+                f"model.family={model.family}: {type(self).__name__} trains a model.family={self.family}; "
+                "take another objective= or model="
+            )
         self.automatic_optimization = False
         self.model_config = model
         self.optimizer_recipe = optimizer
@@ -75,6 +85,8 @@ class Objective(L.LightningModule):
         self.n_batches = 0  # batches consumed: where the data goes on after a restart
         self.train_totals = Totals()
         self.val_totals = Totals()
+        self.label_counts: Tensor | None = None  # int64 [V], of the labels validated so far
+        self.unigram_loss: float | None = None  # nats per label that their frequencies alone would reach
 
     # What a subclass says
 
@@ -86,13 +98,17 @@ class Objective(L.LightningModule):
         """Name of each part of the loss -> its sum, count and weight over this micro-batch."""
         raise AssertionError(f"{type(self).__name__} has to say what its loss is")
 
-    def validation_totals(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name -> (sum, count) of what validation adds up; by default the parts of the loss."""
-        return {name: (part.total, part.count) for name, part in self.losses(batch).items()}
+    def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> (sum, count) of what validation adds up beside the parts of the loss."""
+        return {}
 
     def validation_metrics(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
         """Log name -> value, from the sums over the whole validation set."""
-        return {f"val/{name}": total / max(count, 1.0) for name, (total, count) in totals.items()}
+        return {f"val/{name}": value for name, value in self.means(totals).items()}
+
+    def means(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
+        """Name -> mean, of training or validation; what nothing was counted of is left out, apart from the loss."""
+        return {name: total / max(count, 1.0) for name, (total, count) in totals.items() if count or name == "loss"}
 
     # Building
 
@@ -139,19 +155,36 @@ class Objective(L.LightningModule):
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             with self.gradient_sync(last=number == len(batch.micro_batches)):
                 parts = self.losses(micro_batch)
-                loss = torch.stack([part.weight * part.total / share[name] for name, part in parts.items()]).sum()
+                trained = {name: part for name, part in parts.items() if part.weight}
+                loss = torch.stack([part.weight * part.total / share[name] for name, part in trained.items()]).sum()
                 self.manual_backward(loss)
-            for name, part in parts.items():
-                total, count = sums.get(name, (0.0, 0.0))
-                sums[name] = (total + part.total.detach(), count + part.count)
+            for name, (total, count) in self.sums(parts, micro_batch).items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total.detach(), before[1] + count)
         norm = self.clip_gradients_to_norm()
         optimizer.step()
         # At once, not before the next backward: the old gradients would live through the next forward.
         optimizer.zero_grad(set_to_none=not getattr(self.trainer.strategy, "keeps_gradients", False))
         self.n_batches = batch.index + 1
-        n_tokens = torch.stack([(m["documents"] > 0).sum() for m in batch.micro_batches]).sum()  # 0 marks padding
+        sides = [m[side] for m in batch.micro_batches for side in ("documents", "source_documents") if side in m]
+        n_tokens = torch.stack([(documents > 0).sum() for documents in sides]).sum()  # 0 marks padding
         one = torch.ones_like(norm)
         self.train_totals.add({**sums, "n_tokens": (n_tokens, one), "grad_norm": (norm, one)})
+
+    def sums(self, parts: dict[str, Loss], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> (sum, count) of every part and, of several tasks in one run, of the loss of each: `loss/TASK`."""
+        sums = {name: (part.total, part.count) for name, part in parts.items()}
+        tasks, rows = self.task_names, parts["loss"].rows
+        if len(tasks) < 2 or rows is None:
+            return sums
+        of_task = batch["tasks"].unsqueeze(1) == torch.arange(len(tasks), device=batch["tasks"].device)  # [B, tasks]
+        totals, counts = ((values.unsqueeze(1) * of_task).sum(0) for values in rows)
+        return {**sums, **{f"loss/{name}": (totals[i], counts[i]) for i, name in enumerate(tasks)}}
+
+    @property
+    def task_names(self) -> list[str]:
+        """The tasks that the data mixes, in the order in which a batch's `tasks` number them."""
+        return list(getattr(getattr(self.trainer, "datamodule", None), "task_names", ()))
 
     def _optimizer(self) -> LightningOptimizer:
         """Wrapped: its `step` is what the trainer counts."""
@@ -194,13 +227,26 @@ class Objective(L.LightningModule):
     def validation_step(self, batch: Step, batch_index: int) -> None:
         """Add the sums of as many rows as a training step has; nothing is read back until the end."""
         for micro_batch in batch.micro_batches:
-            self.val_totals.add(self.validation_totals(micro_batch))
+            parts = self.losses(micro_batch)
+            self.val_totals.add({**self.sums(parts, micro_batch), **self.validation_sums(micro_batch, parts)})
+            self._count_labels(micro_batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
         """One reduction for the whole set; `callback_metrics` is where checkpoints and early stopping look."""
         totals = self.val_totals.reduce()
         if totals:
             self.log_dict(self.validation_metrics(totals), logger=False)
+        if self.label_counts is not None:
+            self.unigram_loss = unigram_nats(all_sum(self.label_counts).tolist())
+            self.label_counts = None
+
+    def _count_labels(self, labels: Tensor) -> None:
+        """How often each token is to be predicted: the least that a model has to know."""
+        if self.label_counts is None:
+            assert self.model_config.vocab_size is not None
+            self.label_counts = labels.new_zeros(self.model_config.vocab_size)
+        flat = labels.flatten()
+        self.label_counts.scatter_add_(0, flat.clamp(min=0), (flat != IGNORED).to(flat.dtype))
 
     # Checkpoints
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from llm.metric import bits_per_byte
@@ -12,9 +14,12 @@ from llm.objective.loss import Loss, cross_entropy, n_labels
 class CausalLM(Objective):
     """Each token from those before it in its document (Radford et al. 2019).
 
+    Whether a document is in its own order or with its middle at the end (Bavarian et al. 2022) is the data's affair.
     A batch holds `tokens`, `labels`, `documents` and `positions`, all [B, T]; validation adds `n_bytes` [B], so that
-    the loss can be told per byte of text, which compares across tokenizers.
+    the loss can be told per byte of text, which compares across tokenizers. A row of 0 bytes is left out of that.
     """
+
+    family: ClassVar[str] = "decoder"
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """The predicted tokens."""
@@ -25,12 +30,15 @@ class CausalLM(Objective):
         hidden = self.network(batch["tokens"], documents=batch["documents"], positions=batch["positions"])  # [B, T, D]
         return {"loss": cross_entropy(self.network.logits(hidden), batch["labels"])}
 
-    def validation_totals(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """The loss, and the bytes that it was about."""
-        n_bytes = batch["n_bytes"].sum()
-        return {**super().validation_totals(batch), "n_bytes": (n_bytes, n_bytes)}
+    def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Nats and bytes of the text."""
+        n_bytes, rows = batch.get("n_bytes"), parts["loss"].rows
+        if n_bytes is None or rows is None:
+            return {}
+        return {"text": ((rows[0] * (n_bytes > 0)).sum(), n_bytes.sum())}
 
     def validation_metrics(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
-        """`val/loss` in nats per token and `val/bits_per_byte`."""
-        n_bytes, _ = totals.pop("n_bytes")
-        return {**super().validation_metrics(totals), "val/bits_per_byte": bits_per_byte(totals["loss"][0], n_bytes)}
+        """`val/loss` in nats per token and, of text, `val/bits_per_byte`."""
+        nats, n_bytes = totals.pop("text", (0.0, 0.0))
+        metrics = super().validation_metrics(totals)
+        return {**metrics, "val/bits_per_byte": bits_per_byte(nats, n_bytes)} if n_bytes else metrics

@@ -92,6 +92,10 @@ class WordPiece:
     lowercase: bool = True
     needs_text: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.vocab_size < 6:
+            raise ValueError(f"tokenizer.vocab_size={self.vocab_size}: five special tokens and text need at least 6")
+
     def build(self, texts: Iterable[str]) -> Tokenizer:
         """Train on `texts`, which are all held in memory: hand in a sample. Equal texts give equal tokenizers."""
         from tokenizers import Tokenizer as Backend
@@ -112,7 +116,8 @@ class WordPiece:
             pair="[CLS] $A [SEP] $B:1 [SEP]:1",
             special_tokens=[(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
         )
-        return Tokenizer(backend, plain_config(None) | special)
+        segments = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+        return Tokenizer(backend, plain_config(None) | special | segments)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,8 @@ class Unigram:
     """A unigram language model of pieces (Kudo 2018, arXiv:1804.10959) trained on the data at hand, laid out as T5's:
     <pad> </s> <unk> are ids 0 to 2, and the `n_sentinels` that stand for spans come last, <extra_id_0> the very last.
 
-    Runs of spaces survive; characters that the text did not hold become <unk>. `vocab_size`, sentinels included, is the
+    Runs of spaces survive; characters that the text did not hold, or so rarely that they would take more than half of
+    the vocabulary, become <unk>. `vocab_size`, sentinels included, is the
     most it can have.
     """
 
@@ -264,7 +270,8 @@ def _unigram_pieces(
         vocab_size=n_pieces, special_tokens=special, unk_token=special[2], show_progress=False
     )
     with _one_thread():
-        backend.train_from_iterator(_first(texts, _UNIGRAM_CHARACTERS), trainer)
+        sample = [normalizer.normalize_str(text) for text in _first(texts, _UNIGRAM_CHARACTERS)]
+        backend.train_from_iterator(_of_common_characters(sample, n_pieces // 2), trainer)
     trained = json.loads(backend.to_str())["model"]["vocab"]
     pieces = [(piece, round(score, 4)) for piece, score in trained if piece not in special]
     return [(name, 0.0) for name in special] + sorted(pieces, key=lambda item: (-item[1], item[0]))
@@ -276,6 +283,18 @@ def _first(texts: Iterable[str], n_characters: int) -> Iterator[str]:
     share = min(1.0, n_characters / max(1, sum(map(len, kept))))
     for text in kept:
         yield text[: math.ceil(len(text) * share)]
+
+
+def _of_common_characters(texts: list[str], n_characters: int) -> Iterator[str]:
+    """The texts with a space for all but the commonest characters: the library refuses an alphabet that is larger than
+    the vocabulary."""
+    counts = Counter[str]()
+    for text in texts:
+        counts.update(text)
+    rare = sorted(counts, key=lambda c: (-counts[c], c))[n_characters:]
+    blank = str.maketrans(dict.fromkeys(rare, " "))
+    for text in texts:
+        yield text.translate(blank) if rare else text
 
 
 @contextmanager

@@ -68,12 +68,23 @@ class Tokenizer:
         )
 
     def _id(self, key: str) -> int | None:
-        """The id of a special token: the one the folder names, else the one that is usually called so."""
-        for name in (_name(self.config.get(key)), *_NAMES.get(key, ())):
+        """The id of a special token: the one the folder names, else the one its template for models puts around a text,
+        else the one that is usually called so."""
+        for name in (_name(self.config.get(key)), self._in_template(key), *_NAMES.get(key, ())):
             index = self.backend.token_to_id(name)
             if index is not None:
                 return index
         return None
+
+    def _in_template(self, key: str) -> str:
+        """What roberta-base and bart-base call their cls_token and sep_token, and say nowhere else."""
+        if key not in ("cls_token", "sep_token"):
+            return ""
+        template = self._description["post_processor"] or {}
+        for part in template.get("processors", [template]):
+            if part.get("type") in ("RobertaProcessing", "BertProcessing"):
+                return str(part[key.removesuffix("_token")][0])
+        return ""
 
     @property
     def cls_id(self) -> int | None:
@@ -116,14 +127,15 @@ class Tokenizer:
     def special_ids(self) -> np.ndarray:
         """int64, rising: the ids that stand for no text."""
         added = self.backend.get_added_tokens_decoder()
-        named = [self.eot_id, self.pad_id, *(self._id(key) for key in ("cls_token", "sep_token", "mask_token"))]
+        named = [self.eot_id, self.pad_id, self.cls_id, self.sep_id, self.mask_id, self.bos_id]
         special = {index for index, token in added.items() if token.special} | {i for i in named if i is not None}
         return np.array(sorted(special), np.int64)
 
-    @property
+    @cached_property
     def has_words(self) -> bool:
-        """Whether tokens make up words: not where every byte is one."""
-        return not self._ids_are_bytes
+        """Whether tokens make up words: not where every byte is one, nor where a text is cut straight into tokens."""
+        split = self.backend.pre_tokenizer
+        return not self._ids_are_bytes and split is not None and len(split.pre_tokenize_str("a b")) > 1
 
     @cached_property
     def vocab_size(self) -> int:
@@ -146,6 +158,27 @@ class Tokenizer:
         model = self._description["model"]
         return model.get("merges") == [] and model["vocab"] == {char: i for i, char in enumerate(byte_chars())}
 
+    @cached_property
+    def _encoder(self) -> Backend:
+        """The backend, so guarded that no text gives a special token. A Unigram model holds T5's </s> as a piece like
+        any other, of the highest score, and would find it: there, such a name is cut after its first character."""
+        unknown = self.backend.token_to_id(_name(self.config.get("unk_token")) or "<unk>")
+        special = {int(i): self.backend.id_to_token(int(i)) or "" for i in self.special_ids}
+        forbidden = special.keys() - {unknown}
+        found = self.backend.encode_batch([*special.values()], add_special_tokens=False)
+        if not any(forbidden & set(encoding.ids) for encoding in found):
+            return self.backend
+        from tokenizers import Regex, pre_tokenizers
+        from tokenizers import Tokenizer as Backend
+
+        guarded = Backend.from_str(self.backend.to_str())
+        guarded.encode_special_tokens = True
+        first = (f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in special.values() if len(name) > 1)
+        cut = pre_tokenizers.Split(Regex("|".join(first)), "isolated")
+        before = guarded.pre_tokenizer
+        guarded.pre_tokenizer = pre_tokenizers.Sequence([cut] if before is None else [before, cut])
+        return guarded
+
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0].tolist()
 
@@ -153,7 +186,7 @@ class Tokenizer:
         """One uint32 array per text, on all cores (the library's own threads; it releases the GIL meanwhile)."""
         if self._ids_are_bytes:  # many times faster than asking the library
             return [np.frombuffer(text.encode(), np.uint8).astype(np.uint32) for text in texts]
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
     def encode_words(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -161,7 +194,7 @@ class Tokenizer:
         is, a piece that the tokenizer splits a text into before it looks for tokens. Needs `has_words`."""
         assert self.has_words, "bytes make up no words"
         result = []
-        for encoding in self.backend.encode_batch(texts, add_special_tokens=False):
+        for encoding in self._encoder.encode_batch(texts, add_special_tokens=False):
             words = np.array([-1 if word is None else word for word in encoding.word_ids], np.int64)
             starts = np.diff(words, prepend=-2) != 0
             result.append((np.array(encoding.ids, np.uint32), starts))
@@ -231,6 +264,11 @@ class Tokenizer:
 
         folder = Path(folder)
         file = folder / "tokenizer.json"
+        if not file.is_file() and (folder / "source.spm").is_file():
+            raise ValueError(
+                f"tokenizer.path={folder}: Marian's two SentencePiece models (source.spm, target.spm) have no form for "
+                "the tokenizers library; put a tokenizer.json beside them, or train one instead (tokenizer=unigram)"
+            )
         if not file.is_file():
             return cls._through_transformers(folder)
         try:

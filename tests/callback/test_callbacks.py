@@ -12,7 +12,8 @@ import torch
 
 from llm.callback import PreemptedError
 from llm.callback.plot import plot_run
-from llm.callback.record import Record
+from llm.callback.record import Record, Row
+from llm.callback.summary import _print as print_summary
 from llm.checkpoint import newest, read
 from llm.run import run
 from tests.runs import Compose
@@ -52,6 +53,7 @@ def test_a_run_leaves_what_the_readme_says(compose_run: Compose, tmp_path: Path)
     assert summary["val/loss"] == outcome.metrics["val/loss"]
     assert 0 < summary["baselines"]["unigram/bits_per_byte"] < 8
     assert summary["baselines"]["gzip/bits_per_byte"] > 0
+    assert 0 < summary["baselines"]["unigram/loss"] < math.log(257)
     assert summary["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
 
     samples = (run_dir / "samples.txt").read_text()
@@ -189,6 +191,37 @@ def test_record_survives_a_line_cut_short(tmp_path: Path) -> None:
 def test_plot_of_a_run_without_rows(tmp_path: Path) -> None:
     plot_run([], {}, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 0
+
+
+def test_a_run_without_bits_per_byte_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A masked LM with pairs, two tasks, and baselines in one unit."""
+    values = {"val/loss": 3.0, "val/loss/light": 2.5, "val/loss/heavy": 3.5, "val/next_sentence_accuracy": 0.8}
+    rows: list[Row] = [
+        {"step": 1, "tokens": 10, "train/loss": 6.0, "train/next_sentence_accuracy": 0.5},
+        {"step": 1, "tokens": 10, **values, "val/next_sentence_pairs": 400.0},
+        {"step": 2, "tokens": 20, **values, "val/next_sentence_pairs": 400.0},
+    ]
+    plain: list[Row] = [{"step": 1, "tokens": 10, "val/loss": 3.0}]
+    for number, shown in enumerate((rows, plain)):
+        plot_run(shown, {"unigram/loss": 5.5}, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").stat().st_size > 0
+    summary = {
+        "parameters": 9,
+        "steps": 2,
+        "tokens": 20,
+        "wall_s": 1.0,
+        "tokens_per_s": None,
+        "train/loss": 6.0,
+        **{name: value for name, value in rows[-1].items() if name.startswith("val/")},
+        "baselines": {"unigram/loss": 5.5},
+    }
+    print_summary(summary, [], tmp_path)
+    printed = capsys.readouterr().out
+    assert "nats per token" in printed
+    assert "bits per byte" not in printed
+    assert "5.500" in printed
+    assert "heavy: 3.500 nats per token" in printed
+    assert "next sentence: 80.0% of 400 pairs right (95 %: 75.8% to 83.6%)" in printed
 
 
 def test_wandb_mode_disabled_leaves_no_wandb_run(

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 
 from llm.config import register
 from llm.data import Files, Hub, StandardLibrary, TextData
-from llm.tokenizer import ByteLevelBPE, Bytes, Pretrained
+from llm.tokenizer import ByteLevelBPE, Bytes, Pretrained, Unigram, WordPiece
 
 CONF = Path(__file__).parents[2] / "conf"
 DATA = {
@@ -20,8 +20,21 @@ DATA = {
         ["data.sources.files.path=a.jsonl"],
         {"python": StandardLibrary(weight=3.0), "files": Files("a.jsonl", weight=1.0)},
     ),
+    "wikipedia_books": (
+        [],
+        {
+            "wikipedia": Hub("wikimedia/wikipedia", "20231101.en", weight=2.5),
+            "books": Hub("sedthh/gutenberg_english", column="TEXT", weight=0.8),
+        },
+    ),
 }
-TOKENIZER = {"bpe": ByteLevelBPE(4096), "bytes": Bytes(), "pretrained": Pretrained(str(CONF))}
+TOKENIZER = {
+    "bpe": ByteLevelBPE(4096),
+    "bytes": Bytes(),
+    "pretrained": Pretrained(str(CONF)),
+    "unigram": Unigram(4096),
+    "wordpiece": WordPiece(4096),
+}
 
 
 def build(*overrides: str) -> TextData:

@@ -9,6 +9,7 @@ import pytest
 from llm.data import Files, StandardLibrary, TextData
 from llm.data.order import Order
 from llm.data.prepare import Held, prepare_rows
+from llm.data.task import NextToken, Widths
 from llm.tokenizer import Bytes
 
 
@@ -28,9 +29,9 @@ def test_the_standard_library_fills_its_rows(library: TextData) -> None:
     n_documents = report["sources"]["python"]["documents"]
     assert report["val"]["python"]["documents"] == n_documents // 20
     # As long in bytes as 256 and 1024 tokens of 3.7 bytes.
-    tokens = library._prepared.train["python"].tokens_cache
+    tokens = library._prepared.train["python", "causal_lm"].tokens_cache
     for max_length in (256, 950, 3800):
-        rows = prepare_rows("python", tokens, Held(20), max_length, library.cache_dir)
+        rows = prepare_rows("python", tokens, Held(20), (NextToken(), Widths(max_length, 0)), library.cache_dir)
         assert rows.rows_cache.meta["fill"] >= 0.995
 
 

@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from llm.data import DataError, Files, TextData
 from llm.data.collate import IGNORED, Step
-from llm.data.module import TrainSteps, ValSteps
+from llm.data.steps import TrainSteps, ValSteps
 from llm.tokenizer import ByteLevelBPE, Bytes
 from tests.data.conftest import make_texts, write_jsonl
 
 TEXTS = make_texts(120)
+
+TASKS = np.zeros(9, np.int64)  # of each part: all are of the one task
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +69,10 @@ class TestRows:
     @pytest.mark.parametrize("max_length", [1, 7, 64, 1000])
     def test_every_prediction_of_every_document_is_made_once(self, folder: Path, max_length: int) -> None:
         data = make(folder, max_length=max_length, val_every=None)
-        rows = data._prepared.train["files"]
-        steps = TrainSteps([rows], data.order, (0, 1, None), True, 256)
+        rows = data._prepared.train["files", "causal_lm"]
         from llm.data.collate import assemble
 
-        batch = assemble(rows, np.arange(len(rows)), True, steps.pad_id)
+        batch = assemble(rows, np.arange(len(rows)), True, 256)
         pairs = []
         for row in range(len(rows)):
             for document in range(1, batch["documents"][row].max() + 1):
@@ -100,14 +101,14 @@ class TestRows:
         (batch,) = steps_of(make(folder))[0].micro_batches
         shapes = {name: tuple(value.shape) for name, value in batch.items()}
         names = ("tokens", "labels", "documents", "positions")
-        assert shapes == dict.fromkeys(names, (8, 64)) | {"samples": (8,)}
+        assert shapes == dict.fromkeys(names, (8, 64)) | {"samples": (8,), "tasks": (8,)}
         assert {value.dtype for value in batch.values()} == {torch.int64}
 
 
 class TestSteps:
     def test_an_epoch_holds_each_row_once(self, folder: Path) -> None:
         data = make(folder)
-        n_rows = len(data._prepared.train["files"])
+        n_rows = len(data._prepared.train["files", "causal_lm"])
         steps = steps_of(data)
         assert len(steps) == data.n_steps(max_epochs=1) == -(-n_rows // 8)
         assert [step.index for step in steps] == list(range(len(steps)))
@@ -140,8 +141,10 @@ class TestSteps:
     ) -> None:
         data = mixture(folder, batch_size=24)
         sources = list(data._prepared.train.values())
-        (whole,) = TrainSteps(sources, data.order, (0, 1, None), True, 256)[index].micro_batches
-        shares = [TrainSteps(sources, data.order, (rank, world, micro), True, 256)[index] for rank in range(world)]
+        (whole,) = TrainSteps(sources, TASKS, (0, 1, None), data._settings, data.order)[index].micro_batches
+        shares = [
+            TrainSteps(sources, TASKS, (rank, world, micro), data._settings, data.order)[index] for rank in range(world)
+        ]
         sizes = {len(batch["samples"]) for share in shares for batch in share.micro_batches}
         assert sizes == {micro or 24 // world}
         parts = joined([batch for share in shares for batch in share.micro_batches])
@@ -165,7 +168,7 @@ class TestSteps:
         assert torch.equal(pickle.loads(packed)[0].micro_batches[0]["tokens"], before)
 
     def test_tokens_stay_in_their_file(self, folder: Path) -> None:
-        rows = make(folder)._prepared.train["files"]
+        rows = make(folder)._prepared.train["files", "causal_lm"]
         for array in (rows.tokens, rows.starts, rows.lengths, rows.ends):
             assert isinstance(array.base, np.memmap)
             assert not array.flags.writeable
@@ -189,7 +192,8 @@ class TestValidation:
         sources = list(data._prepared.val.values())
         n_rows = sum(map(len, sources))
         tables = [
-            ValSteps(sources, 30, (rank, world, size), True, 256, data.tokenizer.token_bytes) for rank in range(world)
+            ValSteps(sources, TASKS, (rank, world, size), data._settings, 30, data.tokenizer.token_bytes)
+            for rank in range(world)
         ]
         steps = [[table[index] for index in range(len(table))] for table in tables]
         for index in range(len(steps[0])):
@@ -210,7 +214,7 @@ class TestValidation:
 
     def test_the_last_batch_is_shorter(self, folder: Path) -> None:
         data = make(folder, batch_size=20, micro_batch_size=4)
-        assert len(data._prepared.val["files"]) == 30
+        assert len(data._prepared.val["files", "causal_lm"]) == 30
         sizes = [[len(batch["samples"]) for batch in step.micro_batches] for step in data.val_dataloader()]
         assert sizes == [[4, 4, 4, 4, 4], [4, 4, 2]]
 

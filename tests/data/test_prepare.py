@@ -16,6 +16,7 @@ from llm.data import prepare as preparing
 from llm.data.cache import caches
 from llm.data.prepare import Held, prepare_rows, prepare_tokenizer, prepare_tokens, sample
 from llm.data.source import Source
+from llm.data.task import NextToken, Widths
 from llm.tokenizer import ByteLevelBPE, Bytes
 from tests.data.conftest import make_texts, write_jsonl
 
@@ -83,7 +84,7 @@ def test_a_second_preparation_reads_nothing(tmp_path: Path) -> None:
     def prepare(max_length: int = 16, every: int = 20) -> list[str]:
         tokenizer = prepare_tokenizer(recipe, {"mine": source}, every, tmp_path)
         tokens = prepare_tokens("mine", source, tokenizer, tmp_path)
-        rows = prepare_rows("mine", tokens, Held(every), max_length, tmp_path)
+        rows = prepare_rows("mine", tokens, Held(every), (NextToken(), Widths(max_length, 0)), tmp_path)
         return [tokens.path.name, rows.rows_cache.path.name]
 
     first = prepare()
@@ -116,8 +117,8 @@ def test_what_the_tokenizer_leaves_out_is_what_is_held_out(tmp_path: Path) -> No
     source = Counted(["", *make_texts(40), ""])
     tokenizer = Bytes().build()
     tokens = prepare_tokens("mine", source, tokenizer, tmp_path)
-    train = prepare_rows("mine", tokens, Held(7), 16, tmp_path)
-    val = prepare_rows("mine", tokens, Held(7, out=True), 16, tmp_path)
+    train = prepare_rows("mine", tokens, Held(7), (NextToken(), Widths(16, 0)), tmp_path)
+    val = prepare_rows("mine", tokens, Held(7, out=True), (NextToken(), Widths(16, 0)), tmp_path)
     assert [tokenizer.decode(ids) for ids in train.documents()] == list(sample({"mine": source}, 7))
     assert [tokenizer.decode(ids) for ids in val.documents()] == source.texts[1:-1][6::7]
     assert train.rows_cache.meta["documents"] + val.rows_cache.meta["documents"] == 40
@@ -180,11 +181,12 @@ def test_processes_that_prepare_at_once_share_one_preparation(tmp_path: Path) ->
     path = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
     code = (
         "import sys; from pathlib import Path; from llm.data.prepare import *; from llm.data import Files\n"
-        "from llm.tokenizer import ByteLevelBPE\n"
+        "from llm.tokenizer import ByteLevelBPE; from llm.data.task import NextToken\n"
         "source, root = Files(sys.argv[1]), Path(sys.argv[2])\n"
         "tokenizer = prepare_tokenizer(ByteLevelBPE(300), {'mine': source}, 20, root)\n"
         "tokens = prepare_tokens('mine', source, tokenizer, root)\n"
-        "print(tokens.meta, prepare_rows('mine', tokens, Held(20), 64, root).rows_cache.meta)\n"
+        "layout = (NextToken(), Widths(64, 0))\n"
+        "print(tokens.meta, prepare_rows('mine', tokens, Held(20), layout, root).rows_cache.meta)\n"
         "assert 'torch' not in sys.modules"
     )
     command = [sys.executable, "-c", code, str(path), str(tmp_path / "cache")]

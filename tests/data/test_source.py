@@ -217,7 +217,7 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", [StandardLibrary, lambda weight: Files("a", weight=weight)])
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
 def test_weights_are_positive(source: Callable[..., Source], weight: float) -> None:
-    with pytest.raises(ValueError, match=r"weight=.* of a data source: must be more than 0; leave the source out"):
+    with pytest.raises(ValueError, match=r"weight=.* of a data source or task: must be more than 0; leave it out"):
         source(weight=weight)
 
 

@@ -1,0 +1,116 @@
+"""The three families on real text: `python benchmarks/pretraining.py TEXT.jsonl --minutes 10`.
+
+Each run is `python train.py` with its experiment and as many steps as fit into the minutes, told from the speed of a
+short run before it. What came of them goes to benchmarks/results/pretraining.json and, as curves, to
+docs/pretraining.png; docs/results.md shows both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "pretraining.json"
+PICTURE = ROOT / "docs" / "pretraining.png"
+# Name -> what is trained, and how many nats per token below the unigram it is to reach.
+RUNS: dict[str, tuple[list[str], float]] = {
+    "causal LM": (["experiment=gpt_pretrain"], 1.5),
+    "masked LM + NSP": (["experiment=bert_pretrain"], 1.0),
+    "span denoising": (["experiment=t5_pretrain"], 0.7),
+}
+SETTINGS = ["data=files", "logger=none", "trainer.limit_val_batches=20", "callback.metrics.every_n_steps=10"]
+_CALIBRATION_STEPS = 40
+
+
+def documents(source: Path, target: Path) -> None:
+    """A chapter of a book or any other row is one document; a row's `paragraphs` are joined by blank lines."""
+    opened = gzip.open if source.suffix == ".gz" else open
+    with opened(source, "rt", encoding="utf-8") as rows, target.open("w", encoding="utf-8") as out:
+        for line in rows:
+            row = json.loads(line)
+            text = row["text"] if "text" in row else "\n\n".join(row["paragraphs"])
+            out.write(json.dumps({"text": text}) + "\n")
+
+
+def train(overrides: list[str], run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl of a run."""
+    subprocess.run([sys.executable, "train.py", f"run_dir={run_dir}", *overrides], cwd=ROOT, check=True)
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def n_steps(overrides: list[str], run_dir: Path, minutes: float) -> int:
+    """Steps that take so many minutes, by the second half of a short run."""
+    rows = train(
+        [*overrides, f"trainer.max_steps={_CALIBRATION_STEPS}", "~callback.sample", "data.val_every=null"], run_dir
+    )
+    first, last = (next(r for r in rows if r["step"] == step) for step in (_CALIBRATION_STEPS // 2, _CALIBRATION_STEPS))
+    seconds = (last["tokens"] - first["tokens"]) / last["speed/tokens_per_s"] / (last["step"] - first["step"])
+    return int(minutes * 60 / seconds)
+
+
+def measure(name: str, path: Path, folder: Path, minutes: float) -> dict[str, Any]:
+    """One run, and what it came to."""
+    overrides, wanted = RUNS[name]
+    overrides = [*overrides, *SETTINGS, f"data.path={path}"]
+    steps = n_steps(overrides, folder / "calibration", minutes)
+    length = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={max(1, steps // 8)}"]
+    rows = train([*overrides, *length], folder / "run")
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    last = [row for row in rows if "val/loss" in row][-1]
+    below = summary["baselines"]["unigram/loss"] - last["val/loss"]
+    return {
+        "command": [
+            "python",
+            "train.py",
+            *(word for word in [*overrides, *length] if not word.startswith("data.path")),
+        ],
+        "wanted_below_unigram": wanted,
+        "below_unigram": below,
+        "summary": summary,
+        "validation": last,
+        "rows": [{key: row[key] for key in ("step", "tokens", "train/loss", "val/loss") if key in row} for row in rows],
+    }
+
+
+def draw(results: dict[str, Any]) -> None:
+    """Training and validation loss of each run, and its unigram."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
+    for axis, (name, result) in zip(axes[0], results.items(), strict=True):
+        for key, style in (("train/loss", "-"), ("val/loss", "o-")):
+            points = [(row["tokens"] / 1e6, row[key]) for row in result["rows"] if key in row]
+            axis.plot(*zip(*points, strict=True), style, label=key, linewidth=1, markersize=4)
+        axis.axhline(result["summary"]["baselines"]["unigram/loss"], color="grey", linestyle="--", label="unigram")
+        axis.set(title=name, xlabel="million tokens", ylabel="nats per predicted token")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=100)
+
+
+def main() -> None:
+    """Every run, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("text", type=Path, help="JSON lines, maybe .gz, with `text` or `paragraphs`")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, each run")
+    parser.add_argument("--only", nargs="*", choices=list(RUNS), default=list(RUNS))
+    options = parser.parse_args()
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "text.jsonl"
+        documents(options.text, path)
+        for number, name in enumerate(options.only):
+            results[name] = measure(name, path, Path(folder) / str(number), options.minutes)
+            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    draw(results)
+
+
+if __name__ == "__main__":
+    main()
