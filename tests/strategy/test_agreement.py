@@ -75,7 +75,11 @@ def curve(run_dir: Path) -> Curve:
         torch.tensor([row["train/loss"] for row in train], dtype=torch.float64),
         torch.tensor([row["grad/norm"] for row in train], dtype=torch.float64),
         [row["tokens"] for row in rows],
-        [(row["val/loss"], row["val/bits_per_byte"]) for row in rows if "val/loss" in row],
+        [
+            (row["val/loss"], row.get("val/bits_per_byte", row.get("val/next_sentence_loss", 0.0)))
+            for row in rows
+            if "val/loss" in row
+        ],
         dict(load(run_dir)[0].state_dict()),
     )
 
@@ -133,6 +137,38 @@ def test_same_losses(runs: Runs, name: str, n_micro_batches: int, corpus: str) -
     single = runs(1, corpus=corpus)
     assert (single.norms > 0.5).all(), "clipping is active"
     other = runs(n, *strategy, corpus=corpus, n_micro_batches=n_micro_batches)
+    assert_agree(single, other, tolerance=1e-5, weights=1e-4)
+
+
+FAMILIES = {
+    "encoder": [
+        "model=tiny_encoder",
+        "model.next_sentence=true",
+        "objective=masked_lm",
+        "tokenizer=wordpiece",
+        "tokenizer.vocab_size=120",
+        "data/tasks=masked_lm",
+        "data.tasks.masked_lm.next_sentence=true",
+    ],
+    "encoder-decoder": [
+        "model=tiny_encoder_decoder",
+        "model.n_decoder_layers=1",
+        "objective=seq2seq",
+        "tokenizer=unigram",
+        "tokenizer.vocab_size=60",
+        "tokenizer.n_sentinels=20",
+        "data/tasks=span_denoising",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ["ddp x2", "fsdp x2", "fsdp+tp 2x2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_losses_of_other_families(runs: Runs, family: str, name: str) -> None:
+    """Of hidden tokens with pairs, and of spans; two micro-batches, whose counts differ."""
+    n, strategy = STRATEGIES[name]
+    single = runs(1, *FAMILIES[family])
+    other = runs(n, *FAMILIES[family], *strategy, n_micro_batches=2 if n == 2 else 1)
     assert_agree(single, other, tolerance=1e-5, weights=1e-4)
 
 
