@@ -31,14 +31,18 @@ class Strategy(Protocol):
         """One line for each reason why so many processes cannot train `model`."""
 
 
-def agree(cfg: DictConfig, model: TransformerConfig, data: TextData, strategy: Strategy, here: Place) -> None:
+def agree(
+    cfg: DictConfig, model: TransformerConfig, data: TextData, strategy: Strategy, here: Place, family: str | None
+) -> None:
     """Compare the groups with each other, with this machine and with the processes that were started.
+
+    `family` is that of the models which the objective trains; None: any.
 
     Raises:
         ConfigError: with one line for each rule that does not hold.
         CheckpointError: if `init_from` names no checkpoint.
     """
-    mistakes = [*_vocabulary_and_length(model, data), *_family(model, data), *_devices(cfg)]
+    mistakes = [*_vocabulary_and_length(model, data), *_family(model, data, family), *_devices(cfg)]
     problems = strategy.problems(model, _n_devices(cfg) * cfg.trainer.num_nodes)
     mistakes += problems or _processes(cfg, here)
     try:
@@ -150,9 +154,14 @@ def _vocabulary_and_length(model: TransformerConfig, data: TextData) -> list[str
     return mistakes
 
 
-def _family(model: TransformerConfig, data: TextData) -> list[str]:
-    """Whether the rows of the data are what the model reads, and all of the model is trained."""
+def _family(model: TransformerConfig, data: TextData, trained: str | None) -> list[str]:
+    """Whether rows of the data are what the model reads and the objective trains, and all of the model is trained."""
     mistakes = []
+    if trained not in (None, model.family):
+        mistakes.append(
+            f"objective: trains a model.family={trained} - the model is a {model.family} - take another objective= or "
+            f"model=; experiment=gpt_pretrain, bert_pretrain, t5_pretrain fit"
+        )
     if data.family != model.family:
         mistakes.append(
             f"model.family: {model.family} - data.tasks ({', '.join(data.task_names)}) make rows for {data.family} - "

@@ -15,7 +15,7 @@ import lightning as L
 import torch
 import yaml
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import WandbLogger
@@ -62,7 +62,8 @@ def run(cfg: DictConfig) -> Outcome:
     as_rank(here.rank, here.world_size, watched=here.launcher == "launch")
     data: TextData = built(cfg.data)
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
-    agree(cfg, built(cfg.model), data, built(cfg.strategy), together.here)
+    family = getattr(get_class(cfg.objective._target_), "family", None)
+    agree(cfg, built(cfg.model), data, built(cfg.strategy), together.here, family)
     agree_with_first(cfg, together.share("config", lambda: OmegaConf.to_container(cfg, resolve=True)))
     try:
         outcome = _validate(cfg, data, together) if cfg.stage == "validate" else _fit(cfg, data, together)

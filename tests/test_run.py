@@ -97,6 +97,30 @@ def test_resume_from_another_run(compose_run: Compose, tmp_path: Path) -> None:
         claim(tmp_path / "third", str(tmp_path / "nothing"))
 
 
+ENCODER = ("model=tiny_encoder", "objective=masked_lm", "data/tasks=masked_lm", "tokenizer=wordpiece")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objective=masked_lm"], "objective: trains a model.family=encoder - the model is a decoder"),
+        (["data/tasks=masked_lm"], r"model.family: decoder - data.tasks \(masked_lm\) make rows for encoder"),
+        ([*ENCODER, "model.next_sentence=true"], "model.next_sentence: True - data.tasks make no pairs"),
+        (
+            [*ENCODER, "data.tasks.masked_lm.next_sentence=true"],
+            r"model.next_sentence: False - data.tasks make pairs \(next_sentence of masked_lm\) - set both or none",
+        ),
+        (
+            ["model=tiny_encoder_decoder", "objective=seq2seq", "data/tasks=span_denoising", "data.target_length=99"],
+            "data.target_length: 99 - the model's context is model.max_length=32",
+        ),
+    ],
+)
+def test_families_that_do_not_fit_together(compose_run: Compose, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(compose_run(*overrides))
+
+
 def test_resume_on_other_data_is_refused(compose_run: Compose) -> None:
     run(compose_run())
     with pytest.raises(DataError, match=r"cannot resume on other data .* data\.seed \(was 0, is 1\)"):
