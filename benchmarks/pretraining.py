@@ -21,9 +21,9 @@ RESULTS = ROOT / "benchmarks" / "results" / "pretraining.json"
 PICTURE = ROOT / "docs" / "pretraining.png"
 # Name -> what is trained, and how many nats per token below the unigram it is to reach.
 RUNS: dict[str, tuple[list[str], float]] = {
-    "causal LM": (["experiment=gpt_pretrain"], 1.5),
-    "masked LM + NSP": (["experiment=bert_pretrain"], 1.0),
-    "span denoising": (["experiment=t5_pretrain"], 0.7),
+    "causal LM": (["experiment=gpt_pretrain", "callback.sample.prompts=['It was a dark night, and']"], 1.5),
+    "masked LM + NSP": (["experiment=bert_pretrain", "callback.sample.prompts=['It was a dark [MASK], and I']"], 1.0),
+    "span denoising": (["experiment=t5_pretrain", "callback.sample.prompts=['It was a <extra_id_0>, and I']"], 0.7),
 }
 SETTINGS = ["data=files", "logger=none", "trainer.limit_val_batches=20", "callback.metrics.every_n_steps=10"]
 _CALIBRATION_STEPS = 40
@@ -75,6 +75,7 @@ def measure(name: str, path: Path, folder: Path, minutes: float) -> dict[str, An
         "below_unigram": below,
         "summary": summary,
         "validation": last,
+        "samples": (folder / "run" / "samples.txt").read_text().splitlines()[-3:],
         "rows": [{key: row[key] for key in ("step", "tokens", "train/loss", "val/loss") if key in row} for row in rows],
     }
 

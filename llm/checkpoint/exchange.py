@@ -30,7 +30,7 @@ def import_folder(folder: str | Path, out: str | Path) -> list[str]:
     torch.manual_seed(0)  # of heads that the folder lacks
     model = Transformer(found.config)
     model.load_state_dict(found.state, strict=not found.anew)
-    tokenizer = huggingface.tokenizer_of(folder if folder.is_dir() else folder.parent)
+    tokenizer = huggingface.tokenizer_of(folder)
     with tempfile.TemporaryDirectory() as scratch:
         attachments = [Path(scratch) / "config.yaml"]
         attachments[0].write_text(yaml.safe_dump({"model": _node(found.config)}, sort_keys=False))

@@ -59,7 +59,7 @@ def tokenizer_at(path: str | Path) -> Path | None:
     """The folder of the tokenizer that belongs to the weights at `path`; None if there is none."""
     found = weights_at(path)
     if huggingface.is_folder(found):
-        return found if found.is_dir() and huggingface.tokenizer_of(found) is not None else None
+        return found if huggingface.tokenizer_of(found) is not None else None
     return found / "tokenizer" if (found / "tokenizer").is_dir() else None
 
 

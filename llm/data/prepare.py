@@ -1,7 +1,8 @@
 """Text -> tokenizer -> token files -> rows: each made once, kept under a fingerprint of its origin, and memory-mapped.
 
-A document is stored as end-of-text + tokens + end-of-text, so one of n tokens has n + 1 inputs and n + 1 labels, and
-cutting it anywhere loses no prediction: the label of one piece's last input is the first input of the next.
+A document is stored as start + tokens + end-of-text, and most tokenizers start with end-of-text too. So one of n tokens
+has n + 1 inputs and n + 1 labels, and cutting it anywhere loses no prediction: the label of one piece's last input is
+the first input of the next.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from llm.data.task import Masking, Task, Widths
 from llm.tokenizer import Tokenizer
 
 # Raised whenever the files or the way to them change: older caches are then made anew.
-FORMAT = 2
+FORMAT = 3
 # What the tokenizer is trained on, in characters: BPE merges of a few thousand entries are settled long before.
 _SAMPLE = 10_000_000
 # How far into each source the sample reaches.
@@ -177,7 +178,7 @@ def _thinned(texts: Iterator[str], n_characters: int, name: str) -> list[str]:
 def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path, words: bool = False) -> Cache:
     """Every document of `source` as tokens: tokens.bin, and documents.bin (int64, where each begins, and the end); with
     `words` also words.bin (bool, where a word begins)."""
-    key = digest(FORMAT, source.fingerprint(), tokenizer.fingerprint, words)
+    key = digest(FORMAT, source.fingerprint(), tokenizer.fingerprint, tokenizer.start_id, words)
     dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
 
     def build(folder: Path) -> dict[str, Any]:
@@ -190,9 +191,9 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path, 
             (folder / "words.bin").open("wb") as begins,
         ):
             for texts, encoded, starts, empty in _encoded(source.documents(), tokenizer, words):
-                flat, sizes = _joined(encoded, tokenizer.eot_id, dtype)
+                flat, sizes = _joined(encoded, tokenizer.start_id, tokenizer.eot_id, dtype)
                 if words:
-                    begins.write(_joined(starts, 1, np.dtype("bool"))[0].data)
+                    begins.write(_joined(starts, 1, 1, np.dtype("bool"))[0].data)
                 bounds = n_tokens + np.cumsum(sizes) - sizes
                 tokens.write(flat.data)
                 documents.write(bounds.data)
@@ -226,7 +227,7 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path, 
 def prepare_rows(name: str, tokens: Cache, held: Held, layout: tuple[Task, Widths], root: Path, seed: int = 0) -> Rows:
     """One split of a token file in rows: starts.bin, lengths.bin and ends.bin, as in `Packed`.
 
-    Next-token pieces count inputs from the end of text before a document on, others its tokens. Pairs, drawn from
+    Next-token pieces count inputs from the start of a document on, others its tokens. Pairs, drawn from
     `seed`, have further files for their second parts.
     """
     task, widths = layout
@@ -354,11 +355,11 @@ def _chunks(texts: Iterator[str]) -> Iterator[tuple[list[str], int]]:
         yield chunk, empty
 
 
-def _joined(encoded: Sequence[np.ndarray], eot_id: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Documents end to end, each between two ends of text, and the stored size of each (int64)."""
+def _joined(encoded: Sequence[np.ndarray], start: int, end: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Documents, each between `start` and `end`, one after the other, and the stored size of each (int64)."""
     sizes = np.array([len(tokens) + 2 for tokens in encoded], np.int64)
-    end = np.array([eot_id], np.uint32)
-    parts = [part for tokens in encoded for part in (end, tokens, end)]
+    first, last = np.array([[start], [end]], np.uint32)
+    parts = [part for tokens in encoded for part in (first, tokens, last)]
     return (np.concatenate(parts) if parts else np.empty(0)).astype(dtype), sizes
 
 

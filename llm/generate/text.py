@@ -34,7 +34,7 @@ def continue_text(
     Special tokens written in the prompt are meant as such. After <fim_prefix> A <fim_suffix> B <fim_middle> the text is
     A, what the model puts between, and B. Of a prompt that fills the context only the end is read, and given back.
     """
-    ids = [tokenizer.eot_id, *tokenizer.encode_marked(prompt)]
+    ids = [tokenizer.start_id, *tokenizer.encode_marked(prompt)]
     read = ids[-(model.config.max_length - 1) :]
     tokens = torch.tensor([read], device=model.embed.weight.device)  # [1, T]
     drawing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}

@@ -196,13 +196,15 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The tokenizer of a Hugging Face folder: tokenizer.json, or what transformers turns into one. Needs no weights."""
+    """The tokenizer of a Hugging Face folder (tokenizer.json, or what transformers turns into one) or of a GGUF file.
+    Needs no weights."""
 
     path: str
     needs_text: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not Path(self.path).expanduser().is_dir():
+        path = Path(self.path).expanduser()
+        if not path.is_dir() and not (path.is_file() and path.suffix == ".gguf"):
             raise ValueError(f"tokenizer.path={self.path}: no such folder; give one that holds a tokenizer.json")
 
     @cached_property

@@ -102,9 +102,10 @@ class Tokenizer:
         return self._id("mask_token")
 
     @property
-    def bos_id(self) -> int | None:
-        """What a text begins with, where that has a name of its own."""
-        return self._id("bos_token")
+    def start_id(self) -> int:
+        """What comes before the first token of a text: bos_token (Llama's), else the end of the one before (GPT-2's)."""
+        index = self._id("bos_token")
+        return self.eot_id if index is None else index
 
     @cached_property
     def sentinel_ids(self) -> list[int]:
@@ -127,7 +128,7 @@ class Tokenizer:
     def special_ids(self) -> np.ndarray:
         """int64, rising: the ids that stand for no text."""
         added = self.backend.get_added_tokens_decoder()
-        named = [self.eot_id, self.pad_id, self.cls_id, self.sep_id, self.mask_id, self.bos_id]
+        named = [self.eot_id, self.pad_id, self.cls_id, self.sep_id, self.mask_id, self.start_id]
         special = {index for index, token in added.items() if token.special} | {i for i in named if i is not None}
         return np.array(sorted(special), np.int64)
 
@@ -256,13 +257,15 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read what `save` wrote, or any Hugging Face tokenizer folder.
+        """Read what `save` wrote, any Hugging Face tokenizer folder, or the tokenizer within a GGUF file.
 
-        Raises ValueError when the folder holds no tokenizer, or one that has no `tokenizers` form.
+        Raises ValueError when there is no tokenizer, or one that has no `tokenizers` form.
         """
         from tokenizers import Tokenizer as Backend
 
         folder = Path(folder)
+        if folder.suffix == ".gguf":
+            return cls._through_transformers(folder.parent, gguf_file=folder.name)
         file = folder / "tokenizer.json"
         if not file.is_file() and (folder / "source.spm").is_file():
             raise ValueError(
@@ -282,7 +285,7 @@ class Tokenizer:
         return cls(backend, config or plain_config(None))
 
     @classmethod
-    def _through_transformers(cls, folder: Path) -> Tokenizer:
+    def _through_transformers(cls, folder: Path, **options: str) -> Tokenizer:
         try:
             from transformers import AutoTokenizer
         except ImportError:
@@ -290,7 +293,7 @@ class Tokenizer:
                 f"tokenizer.path={folder}: has no tokenizer.json; other formats need `pip install transformers`"
             ) from None
         try:
-            slow = AutoTokenizer.from_pretrained(folder)
+            slow = AutoTokenizer.from_pretrained(folder, **options)
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
             raise ValueError(f"tokenizer.path={folder}: transformers finds no tokenizer in it ({reason})") from None
@@ -303,6 +306,8 @@ class Tokenizer:
         from tokenizers import Tokenizer as Backend
 
         config = plain_config(None) | {key: str(value) for key, value in slow.special_tokens_map.items()}
+        if slow.chat_template is not None:
+            config["chat_template"] = slow.chat_template
         return cls(Backend.from_str(backend.to_str()), config)
 
 

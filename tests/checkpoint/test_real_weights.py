@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from llm.checkpoint import huggingface
 from llm.model import Transformer
+from llm.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,6 +47,9 @@ def test_smollm_has_the_perplexity_that_transformers_finds() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(SMOLLM.parent, gguf_file=SMOLLM.name)
     text = gzip.decompress(WIKITEXT.read_bytes())[:20_000].decode(errors="ignore")
     tokens = torch.tensor([tokenizer(text).input_ids[:1024]])
+    mine = Tokenizer.load(SMOLLM)
+    assert mine.encode(text)[:1024] == tokens[0].tolist()
+    assert "im_start" in mine.config["chat_template"]
     logits = model.logits(model(tokens))
     perplexity = F.cross_entropy(logits[0, :-1], tokens[0, 1:]).exp()
     assert perplexity.item() == pytest.approx(13.82, abs=0.01)

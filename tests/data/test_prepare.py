@@ -17,7 +17,7 @@ from llm.data.cache import caches
 from llm.data.prepare import Held, prepare_rows, prepare_tokenizer, prepare_tokens, sample
 from llm.data.source import Source
 from llm.data.task import NextToken, Widths
-from llm.tokenizer import ByteLevelBPE, Bytes
+from llm.tokenizer import ByteLevelBPE, Bytes, Tokenizer
 from tests.data.conftest import make_texts, write_jsonl
 
 
@@ -55,6 +55,14 @@ def test_documents_lie_between_ends_of_text(tmp_path: Path) -> None:
     assert documents_of(cache) == [[256, 97, 98, 256], [256, *"é".encode(), 256]]
     expected = {"documents": 2, "empty": 3, "tokens": 4, "bytes": 4, "dtype": "uint16"}
     assert {name: cache.meta[name] for name in expected} == expected
+
+
+def test_a_tokenizer_with_a_start_of_its_own_puts_it_before_a_document(tmp_path: Path) -> None:
+    backend = Bytes().build().backend
+    backend.add_special_tokens(["<s>"])
+    llama = Tokenizer(backend, {"bos_token": "<s>", "eos_token": "<|endoftext|>"})
+    caches = [prepare_tokens("mine", Counted(["ab"]), tokenizer, tmp_path) for tokenizer in (llama, Bytes().build())]
+    assert [documents_of(cache) for cache in caches] == [[[257, 97, 98, 256]], [[256, 97, 98, 256]]]
 
 
 def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ T5 = Architecture(
     ),
     constants={"position": "relative", "norm": "rms", "scale_attention": False, "initialisation": "t5"},
     fixed={"is_decoder": False, "is_encoder_decoder": True},
-    ignored=frozenset({"initializer_factor", "classifier_dropout", "output_past"}),
+    ignored=frozenset({"initializer_factor", "classifier_dropout"}),
     dropouts=("dropout_rate",),
     special=special.T5_KEYS,
     from_theirs=special.t5_from,
@@ -127,7 +127,7 @@ BART = Architecture(
     ignored=frozenset(
         {
             *("classif_dropout", "classifier_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std"),
-            *("output_past", "num_hidden_layers", "max_length"),
+            *("num_hidden_layers", "max_length"),
         }
     ),
     dropouts=("dropout", "attention_dropout", "activation_dropout"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -18,7 +19,8 @@ from llm.model import TransformerConfig
 from llm.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "source.spm", "vocab.txt", "vocab.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "vocab.json")
+log = logging.getLogger(__name__)
 
 
 def is_folder(path: str | Path) -> bool:
@@ -46,18 +48,21 @@ def read(path: str | Path) -> Translated:
 
 
 def tokenizer_of(path: str | Path) -> Tokenizer | None:
-    """The tokenizer in a folder; None if it holds none.
+    """The tokenizer in a folder or GGUF file; None if there is none, or Marian's, which cannot be carried along.
 
     Raises:
         CheckpointError: if it cannot be read.
     """
-    folder = Path(path)
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
+    path = Path(path)
+    if path.suffix != ".gguf" and not any((path / name).is_file() for name in _TOKENIZERS):
+        return None
+    if (path / "source.spm").is_file() and not (path / _TOKENIZERS[0]).is_file():
+        log.warning("%s: its two SentencePiece models have no form for the tokenizers library: no tokenizer", path)
         return None
     try:
-        return Tokenizer.load(folder)
+        return Tokenizer.load(path)
     except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def write(config: TransformerConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None, out: str | Path) -> None:
@@ -97,7 +102,7 @@ def _ids(config: TransformerConfig, tokenizer: Tokenizer | None, pad_id: int) ->
     """The ids that generation needs. Targets start with padding here."""
     ids: dict[str, Any] = {"pad_token_id": pad_id, "bos_token_id": None, "eos_token_id": None}
     if tokenizer is not None:
-        ids |= {"eos_token_id": tokenizer.eot_id, "bos_token_id": tokenizer.eot_id}
+        ids |= {"eos_token_id": tokenizer.eot_id, "bos_token_id": tokenizer.start_id}
     if config.family == "encoder_decoder":
         ids["decoder_start_token_id"] = pad_id
         ids["forced_eos_token_id"] = ids["eos_token_id"]

@@ -37,6 +37,7 @@ _COMMON = frozenset(
             "begin_suppress_tokens",
             "_remove_final_layer_norm",
             "force_bos_token_to_be_generated",
+            "output_past",
             "transformers.js_config",
         ),
         *("return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "tokenizer_class"),
