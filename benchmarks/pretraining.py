@@ -55,33 +55,25 @@ def n_steps(overrides: list[str], run_dir: Path, minutes: float) -> int:
     return int(minutes * 60 / seconds)
 
 
-def measure(name: str, path: Path, folder: Path, minutes: float) -> dict[str, Any]:
-    """One run, and what it came to."""
-    overrides, wanted = RUNS[name]
-    overrides = [*overrides, *SETTINGS, f"data.path={path}"]
-    steps = n_steps(overrides, folder / "calibration", minutes)
+def measured(overrides: list[str], run_dir: Path, steps: int) -> dict[str, Any]:
+    """A run, and what it came to."""
     length = [f"trainer.max_steps={steps}", f"trainer.val_check_interval={max(1, steps // 8)}"]
-    rows = train([*overrides, *length], folder / "run")
-    summary = json.loads((folder / "run" / "summary.json").read_text())
+    rows = train([*overrides, *length], run_dir)
+    summary = json.loads((run_dir / "summary.json").read_text())
     last = [row for row in rows if "val/loss" in row][-1]
-    below = summary["baselines"]["unigram/loss"] - last["val/loss"]
+    words = ["python", "train.py", *overrides, *length]
     return {
-        "command": [
-            "python",
-            "train.py",
-            *(word for word in [*overrides, *length] if not word.startswith("data.path")),
-        ],
-        "wanted_below_unigram": wanted,
-        "below_unigram": below,
+        "command": [f"{word.partition('=')[0]}=…" if str(run_dir.parent) in word else word for word in words],
+        "below_unigram": summary["baselines"]["unigram/loss"] - last["val/loss"],
         "summary": summary,
         "validation": last,
-        "samples": (folder / "run" / "samples.txt").read_text().splitlines()[-3:],
+        "samples": (run_dir / "samples.txt").read_text().splitlines()[-3:],
         "rows": [{key: row[key] for key in ("step", "tokens", "train/loss", "val/loss") if key in row} for row in rows],
     }
 
 
-def draw(results: dict[str, Any]) -> None:
-    """Training and validation loss of each run, and its unigram."""
+def drawn(results: dict[str, Any], picture: Path) -> None:
+    """A picture of training and validation loss of each run, and its unigram."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), squeeze=False)
@@ -93,7 +85,7 @@ def draw(results: dict[str, Any]) -> None:
         axis.set(title=name, xlabel="million tokens", ylabel="nats per predicted token")
         axis.legend()
     figure.tight_layout()
-    figure.savefig(PICTURE, dpi=100)
+    figure.savefig(picture, dpi=100)
 
 
 def main() -> None:
@@ -108,9 +100,13 @@ def main() -> None:
         path = Path(folder) / "text.jsonl"
         documents(options.text, path)
         for number, name in enumerate(options.only):
-            results[name] = measure(name, path, Path(folder) / str(number), options.minutes)
+            what, wanted = RUNS[name]
+            overrides = [*what, *SETTINGS, f"data.path={path}"]
+            steps = n_steps(overrides, Path(folder) / f"calibration{number}", options.minutes)
+            result = measured(overrides, Path(folder) / f"run{number}", steps)
+            results[name] = {"wanted_below_unigram": wanted, **result}
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results)
+    drawn(results, PICTURE)
 
 
 if __name__ == "__main__":

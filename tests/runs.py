@@ -37,6 +37,28 @@ TINY = (
     "logger=none",
 )
 
+# The same run for the other two, with all that is special about them.
+FAMILIES = {
+    "encoder": [
+        "model=tiny_encoder",
+        "model.next_sentence=true",
+        "objective=masked_lm",
+        "tokenizer=wordpiece",
+        "tokenizer.vocab_size=120",
+        "data/tasks=masked_lm",
+        "data.tasks.masked_lm.next_sentence=true",
+    ],
+    "encoder-decoder": [
+        "model=tiny_encoder_decoder",
+        "model.n_decoder_layers=1",
+        "objective=seq2seq",
+        "tokenizer=unigram",
+        "tokenizer.vocab_size=60",
+        "tokenizer.n_sentinels=20",
+        "data/tasks=span_denoising",
+    ],
+}
+
 Compose = Callable[..., DictConfig]
 
 

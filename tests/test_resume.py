@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from llm.callback import PreemptedError
 from llm.checkpoint import newest, read
 from llm.run import run
-from tests.runs import Compose
+from tests.runs import FAMILIES, Compose
 
 
 class Signal(Callback):
@@ -77,6 +77,20 @@ def test_preempted_run_equals_uninterrupted(
     run(compose_run(f"optimizer={optimizer}"))
     assert_same_state(whole_runs[optimizer], tmp_path / "run")
     assert rows(whole_runs[optimizer]) == rows(tmp_path / "run")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_go_on_with_the_noise_that_was_due(compose_run: Compose, tmp_path: Path, family: str) -> None:
+    """Which tokens are hidden, or cut out, in step 4 does not depend on having seen steps 1 to 3."""
+    settings = (*FAMILIES[family], "data.max_length=48", "data.val_every=5")
+    run(compose_run(*settings, f"run_dir={tmp_path / 'whole'}"))
+    with pytest.raises(PreemptedError):
+        run(
+            compose_run(*settings, "+callback.signal={_target_: tests.test_resume.Signal, step: 3}", "packages=[tests]")
+        )
+    run(compose_run(*settings))
+    assert_same_state(tmp_path / "whole", tmp_path / "run")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "run")
 
 
 def test_preempted_with_loader_workers_equals_uninterrupted(compose_run: Compose, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ class Tokenizer:
 
     @property
     def start_id(self) -> int:
-        """What comes before the first token of a text: bos_token (Llama's), else the end of the one before (GPT-2's)."""
+        """What comes before the first token of a text: bos_token (Llama), else the end of the one before (GPT-2)."""
         index = self._id("bos_token")
         return self.eot_id if index is None else index
 

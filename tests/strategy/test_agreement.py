@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm.checkpoint import load
 from tests.ranks import run_on_ranks
-from tests.runs import run_composed
+from tests.runs import FAMILIES, run_composed
 
 # Dropout is the one thing that differs between numbers of processes: each draws its own.
 SETTINGS = (
@@ -138,28 +138,6 @@ def test_same_losses(runs: Runs, name: str, n_micro_batches: int, corpus: str) -
     assert (single.norms > 0.5).all(), "clipping is active"
     other = runs(n, *strategy, corpus=corpus, n_micro_batches=n_micro_batches)
     assert_agree(single, other, tolerance=1e-5, weights=1e-4)
-
-
-FAMILIES = {
-    "encoder": [
-        "model=tiny_encoder",
-        "model.next_sentence=true",
-        "objective=masked_lm",
-        "tokenizer=wordpiece",
-        "tokenizer.vocab_size=120",
-        "data/tasks=masked_lm",
-        "data.tasks.masked_lm.next_sentence=true",
-    ],
-    "encoder-decoder": [
-        "model=tiny_encoder_decoder",
-        "model.n_decoder_layers=1",
-        "objective=seq2seq",
-        "tokenizer=unigram",
-        "tokenizer.vocab_size=60",
-        "tokenizer.n_sentinels=20",
-        "data/tasks=span_denoising",
-    ],
-}
 
 
 @pytest.mark.parametrize("name", ["ddp x2", "fsdp x2", "fsdp+tp 2x2"])
