@@ -84,8 +84,11 @@ def import_weights(arguments: Sequence[str]) -> None:
     options = parser.parse_args(list(arguments))
     from llm.checkpoint import import_folder
 
-    anew = import_folder(options.folder, options.out)
-    print(f"{options.out}: written" + (f"; not in {options.folder}, so new: {', '.join(anew)}" if anew else ""))
+    anew, unused = import_folder(options.folder, options.out)
+    print(f"{options.out}: written")
+    for what, names in (("not in it, so new", anew), ("has no place here, so left out", unused)):
+        if names:
+            print(f"{options.folder}: {what}: {', '.join(names)}")
 
 
 def export_weights(arguments: Sequence[str]) -> None:

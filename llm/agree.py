@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from llm.checkpoint import newest, read, tokenizer_at, weights_at
+from llm.checkpoint import configuration_at, disagreements, newest, read, tokenizer_at
 from llm.config import ConfigError
 from llm.data import TextData
 from llm.launch import Place
@@ -62,7 +63,12 @@ def agree(
     if mistakes:
         raise ConfigError(mistakes)
     if cfg.init_from is not None:
-        weights_at(cfg.init_from)
+        weights = configuration_at(cfg.init_from)
+        # Whether a head of its own is among a folder's weights is only known when they are read.
+        weights = None if weights is None else replace(weights, tie_embeddings=True)
+        mistakes = [] if weights is None else disagreements(model, weights)
+        if mistakes:
+            raise ConfigError([f"init_from: {cfg.init_from}: {mistake}" for mistake in mistakes])
 
 
 def agree_with_first(cfg: DictConfig, first: Any) -> None:
@@ -159,7 +165,7 @@ def _family(model: TransformerConfig, data: TextData, trained: str | None) -> li
     mistakes = []
     if trained not in (None, model.family):
         mistakes.append(
-            f"objective: trains a model.family={trained} - the model is a {model.family} - take another objective= or "
+            f"objective: trains a model.family={trained} - the model has {model.family} - take another objective= or "
             f"model=; experiment=gpt_pretrain, bert_pretrain, t5_pretrain fit"
         )
     if data.family != model.family:

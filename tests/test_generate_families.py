@@ -177,6 +177,18 @@ def test_spans_are_filled_where_they_are() -> None:
     assert len(beams) == 3
 
 
+def test_what_follows_a_gap_is_tokenised_as_in_the_midst_of_a_text() -> None:
+    tokenizer = Unigram(vocab_size=150, n_sentinels=10).build([f"{text} (x): call(x)" for text in SENTENCES] * 20)
+    whole, gap = tokenizer.encode("call(x): (x)"), tokenizer.sentinel_ids[0]
+    for cut in range(1, len(whole)):
+        prompt = (
+            f"{tokenizer.decode(whole[:cut])}<extra_id_0>{tokenizer.decode([gap, *whole[cut:]])[len('<extra_id_0>') :]}"
+        )
+        marked = tokenizer.encode_marked(prompt)
+        after = marked[marked.index(gap) + 1 :]
+        assert tokenizer.decode([*whole[:cut], *after]) == "call(x): (x)", prompt
+
+
 def test_a_middle_is_put_between_prefix_and_suffix(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = ByteLevelBPE(vocab_size=300, fill_in_the_middle=True).build(SENTENCES)
     model = network("decoder", tokenizer.vocab_size, max_length=48)

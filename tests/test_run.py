@@ -103,7 +103,7 @@ ENCODER = ("model=tiny_encoder", "objective=masked_lm", "data/tasks=masked_lm", 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["objective=masked_lm"], "objective: trains a model.family=encoder - the model is a decoder"),
+        (["objective=masked_lm"], "objective: trains a model.family=encoder - the model has decoder"),
         (["data/tasks=masked_lm"], r"model.family: decoder - data.tasks \(masked_lm\) make rows for encoder"),
         ([*ENCODER, "model.next_sentence=true"], "model.next_sentence: True - data.tasks make no pairs"),
         (

@@ -84,7 +84,7 @@ class Metrics(Callback):
             **{f"train/{name}": mean for name, mean in pl_module.means(totals).items()},
             "grad/norm": norm / n_steps,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            **self._speed(trainer, pl_module, n_tokens),
+            **self._speed(trainer, pl_module, n_tokens, totals["loss"][1]),
         }
         self._interval_s = 0.0
         self._write(trainer, self.tokens, self.row)
@@ -109,7 +109,7 @@ class Metrics(Callback):
             self._interval_s += time.perf_counter() - self._clock
             self._clock = None
 
-    def _speed(self, trainer: L.Trainer, objective: Objective, n_tokens: float) -> dict[str, float]:
+    def _speed(self, trainer: L.Trainer, objective: Objective, n_tokens: float, n_predicted: float) -> dict[str, float]:
         """Tokens per second of the whole run, and the share of the devices' peak where that is known."""
         if self._interval_s <= 0:
             return {}
@@ -118,7 +118,7 @@ class Metrics(Callback):
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if peak is None:
             return {"speed/tokens_per_s": tokens_per_s}
-        flops = objective.network.flops_per_token(*self._lengths)
+        flops = objective.network.flops_per_token(*self._lengths, n_predicted / max(1.0, n_tokens))
         mfu = model_flops_utilisation(tokens_per_s / trainer.world_size, flops, peak)
         return {"speed/tokens_per_s": tokens_per_s, "speed/mfu": mfu}
 

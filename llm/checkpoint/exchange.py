@@ -17,8 +17,9 @@ from llm.model import Transformer, TransformerConfig
 from llm.tokenizer import Tokenizer
 
 
-def import_folder(folder: str | Path, out: str | Path) -> list[str]:
-    """Write the weights of a folder of Hugging Face's as a step directory; returns those that start anew.
+def import_folder(folder: str | Path, out: str | Path) -> tuple[list[str], list[str]]:
+    """Write the weights of a folder of Hugging Face's as a step directory; returns the names of those that start anew,
+    and of heads of theirs that have no place here.
 
     Raises:
         CheckpointError: if `out` exists, or anything in the folder is not understood.
@@ -39,7 +40,7 @@ def import_folder(folder: str | Path, out: str | Path) -> list[str]:
             tokenizer.save(attachments[1])
         state = {f"{PREFIX}{name}": weight for name, weight in model.state_dict().items()}
         store.write(out, {"state_dict": state}, attachments)
-    return found.anew
+    return found.anew, found.unused
 
 
 def export_folder(path: str | Path, out: str | Path) -> None:

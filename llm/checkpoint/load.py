@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from llm.checkpoint import huggingface
 from llm.checkpoint.distribute import load_whole
+from llm.checkpoint.huggingface.settings import meaning
 from llm.checkpoint.store import CheckpointError, find, read
 from llm.model import Transformer, TransformerConfig, config_from
 from llm.tokenizer import Tokenizer
@@ -18,11 +19,15 @@ from llm.tokenizer import Tokenizer
 PREFIX = "model."  # the network's attribute in the LightningModule whose state was saved
 log = logging.getLogger(__name__)
 
-# What weights mean beyond their shapes.
-_MEANING = (
-    *("position", "rope_theta", "rope_scaling", "local_rope_theta", "relative_buckets", "relative_distance"),
-    *("norm", "norm_eps", "norm_position", "embed_norm", "activation", "qk_norm", "scale_attention", "n_heads"),
-)
+# What shows in the names and shapes of weights, and is compared there.
+_SHAPES = {
+    *("dim", "head_dim", "n_kv_heads", "ffn_dim", "vocab_size", "max_length", "n_layers", "n_decoder_layers"),
+    *("n_segments", "bias", "head_bias", "next_sentence", "window"),
+}
+# What people change on purpose, to make a context longer.
+_CONTEXT = {"rope_theta", "rope_scaling", "local_rope_theta", "windows"}
+# What an encoder has no use for, or another one than the encoder-decoder that begins with it.
+_NOT_AN_ENCODERS = {"family", "tie_embeddings", "scale_logits"}
 
 
 def load(path: str | Path) -> tuple[Transformer, Tokenizer]:
@@ -31,6 +36,10 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer]:
     Raises:
         CheckpointError: if there is no checkpoint, or it does not fit its own configuration.
     """
+    if huggingface.is_folder(path):
+        raise CheckpointError(
+            f"{path}: is a folder of Hugging Face's - python -m llm import {path} OUT makes a checkpoint"
+        )
     step = find(path)
     config, state = stored(step)
     model = Transformer(config)
@@ -76,17 +85,56 @@ def load_into(model: nn.Module, path: str | Path) -> list[str]:
         CheckpointError: naming every weight that is missing, left over, or of another shape.
     """
     where = weights_at(path)
-    config = getattr(model, "config", None)
+    unused: list[str] = []
     if huggingface.is_folder(where):
         found = huggingface.read(where)
-        theirs, saved, unused = found.config, found.state, found.unused
-        mistakes = _other_meaning(config, theirs)
-        if mistakes:
-            raise CheckpointError(
-                f"{where}: this model is not the one of its weights - set these keys\n" + "\n".join(mistakes)
-            )
-        return _fill(model, saved, str(where), heads=True, unused=unused)
-    return _fill(model, _weights(where), str(where))
+        config, saved, unused = found.config, found.state, found.unused
+    else:
+        config, saved = stored(where)
+    mistakes = disagreements(getattr(model, "config", None), config)
+    if mistakes:
+        raise CheckpointError(f"{where}: other weights than this model's\n" + "\n".join(f"  {m}" for m in mistakes))
+    return _fill(model, saved, str(where), heads=huggingface.is_folder(where), unused=unused)
+
+
+def configuration_at(path: str | Path) -> TransformerConfig | None:
+    """The configuration of the weights at `path`, as far as it is known without reading them; None: not at all.
+
+    Raises:
+        CheckpointError: if there are none, or they are of an architecture that is not known.
+    """
+    where = weights_at(path)
+    if huggingface.is_folder(where):
+        return huggingface.configuration(where)
+    return config_from(yaml.safe_load((where / "config.yaml").read_text())["model"])
+
+
+def disagreements(model: Any, weights: TransformerConfig) -> list[str]:
+    """One line for each key that gives equal shapes another meaning: weights of one network in another.
+
+    What makes a context longer may differ; a tied embedding may come apart, but two tensors cannot become one.
+    """
+    if not isinstance(model, TransformerConfig):
+        return []
+    from_encoder = (weights.family, model.family) == ("encoder", "encoder_decoder")
+    if weights.family != model.family and not from_encoder:
+        return [
+            f"model.family: {model.family} - the weights are of a model.family={weights.family} - take a model= of it"
+        ]
+    mine, other = meaning(model), meaning(weights)
+    skipped = _SHAPES | (_NOT_AN_ENCODERS if from_encoder else set())
+    if not model.tie_embeddings or weights.tie_embeddings:
+        skipped |= {"tie_embeddings"}
+    if weights.n_layers != model.n_layers:
+        skipped |= {"windows"}
+    different = [key for key in mine if key not in skipped and mine[key] != other[key]]
+    for key in _CONTEXT & {*different}:
+        log.warning("model.%s: %s, and the weights were trained with %s", key, mine[key], other[key])
+    return [
+        f"model.{key}: {mine[key]} - the weights have {other[key]} - set it to that"
+        for key in different
+        if key not in _CONTEXT
+    ]
 
 
 def _weights(step: Path) -> dict[str, Tensor]:
@@ -119,21 +167,6 @@ def _fill(
 
 def _is(weights: dict[str, Tensor], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in weights)
-
-
-def _other_meaning(config: Any, theirs: TransformerConfig) -> list[str]:
-    """One line for each key that gives the same shapes another meaning."""
-    if not isinstance(config, TransformerConfig):
-        return []
-    keys = [key for key in _MEANING if getattr(config, key) != getattr(theirs, key)]
-    lines = [f"  model.{key}: {getattr(config, key)} - the weights have {getattr(theirs, key)}" for key in keys]
-    windows = [[c.window if c.has_window(layer) else None for layer in range(c.n_layers)] for c in (config, theirs)]
-    if windows[0] != windows[1] and config.n_layers == theirs.n_layers:
-        lines.append(
-            f"  model.window: {config.window} (global_every {config.global_every}) - the weights have {theirs.window} "
-            f"({theirs.global_every})"
-        )
-    return lines
 
 
 def _differences(wanted: dict[str, Tensor], saved: dict[str, Tensor], excused: set[str]) -> list[str]:

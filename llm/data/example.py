@@ -31,7 +31,8 @@ class Symbols:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Symbols:
-        ordinary = np.setdiff1d(np.arange(tokenizer.vocab_size), tokenizer.special_ids)
+        ids = np.array(sorted(tokenizer.backend.get_vocab(with_added_tokens=True).values()), np.int64)
+        ordinary = np.setdiff1d(ids, tokenizer.special_ids)  # a vocabulary may have holes
         return cls(
             tokenizer.pad_id,
             tokenizer.eot_id,
@@ -84,9 +85,13 @@ def hide(
         hidden = draw.permutation(len(tokens))[:n_hidden]
     else:
         word = np.cumsum(words) - 1
-        order = draw.permutation(word[-1] + 1)
-        sizes = np.bincount(word)[order]
-        chosen = order[(np.cumsum(sizes) <= n_hidden) | (np.arange(len(order)) == 0)]
+        sizes = np.bincount(word).tolist()
+        order = draw.permutation(len(sizes)).tolist()
+        chosen, room = order[:1], n_hidden - sizes[order[0]]
+        for candidate in order[1:]:
+            if sizes[candidate] <= room:
+                chosen.append(candidate)
+                room -= sizes[candidate]
         hidden = np.flatnonzero(np.isin(word, chosen))
     shown, labels = tokens.copy(), np.full(len(tokens), IGNORED)
     labels[hidden] = tokens[hidden]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from llm.data.steps import From, TrainSteps, ValSteps
 from llm.data.task import Masking, NextToken, Task, Widths
 from llm.launch import die_with_parent
 from llm.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class Part(NamedTuple):
@@ -129,8 +132,13 @@ class TextData(LightningDataModule):
             for task_name, task in self.tasks.items():
                 part, layout = Part(name, task_name), (task, widths)
                 train[part] = prepare_rows(name, tokens, Held(every), layout, self.cache_dir, self.seed)
-                if held is not None:
-                    val[part] = prepare_rows(name, *held, layout, self.cache_dir, self.seed)
+                if not len(train[part]):
+                    raise DataError(f"data source {name!r}: no document has enough tokens for data.tasks.{task_name}")
+                rows = None if held is None else prepare_rows(name, *held, layout, self.cache_dir, self.seed)
+                if rows is not None and len(rows):
+                    val[part] = rows
+                elif rows is not None:
+                    _log.warning("%s: no held-out document has enough tokens for data.tasks.%s", name, task_name)
         return _Prepared(tokenizer, train, val)
 
     @property

@@ -233,7 +233,8 @@ def prepare_rows(name: str, tokens: Cache, held: Held, layout: tuple[Task, Width
     task, widths = layout
     pairs = isinstance(task, Masking) and task.next_sentence
     drawn = (task.n_copies, seed) if isinstance(task, Masking) and pairs else None
-    packing = (type(task).__name__, task.longest(widths), task.cost(np.arange(1, 65), widths).tolist(), drawn)
+    costs = hashlib.sha256(task.cost(np.arange(1, task.longest(widths) + 1), widths).tobytes()).hexdigest()
+    packing = (type(task).__name__, task.longest(widths), costs, drawn)
     key = digest(FORMAT, tokens.path.name, tokens.meta["content"], held, widths, BLOCK, packing)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -277,10 +278,12 @@ def _pair_rows(
     """Write pairs of parts of documents, some copies of them; returns what they came to."""
     task, widths = layout
     assert isinstance(task, Masking)
-    if (lengths > 0).sum() < 2:
+    # Each block draws by itself, and has to hold a second document to draw from.
+    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    if len(lengths) < 2:
         raise DataError(
-            "data.tasks.masked_lm.next_sentence: the second part of a pair may come from another document, but there "
-            "is none; read more documents, or set it to false"
+            "next_sentence: the second part of a pair may come from another document, and this split of the source has "
+            f"{len(lengths)} documents; read more documents, hold more out (data.val_every), or set next_sentence=false"
         )
     names = ("starts", "lengths", "ends", "second", "second_lengths", "pair_labels")
     n_rows = n_pairs = n_used = 0

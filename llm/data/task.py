@@ -15,6 +15,7 @@ from annotated_types import Ge, Gt, Interval, Lt
 from llm.data.source import DataError, check_weight
 from llm.tokenizer import Tokenizer
 
+_SHORTEST_PAIR = 11  # [CLS] a [SEP] b [SEP], with some tokens on both sides
 Share = Annotated[float, Interval(ge=0, le=1)]
 
 
@@ -158,6 +159,14 @@ class Masking(Task):
     def longest(self, widths: Widths) -> int:
         return widths.row - 2
 
+    def check_row(self, name: str, widths: Widths, tokenizer: Tokenizer) -> None:
+        super().check_row(name, widths, tokenizer)
+        if self.next_sentence and widths.row < _SHORTEST_PAIR:
+            raise DataError(
+                f"data.max_length={widths.row}: a pair with its special tokens needs {_SHORTEST_PAIR}; raise it, or "
+                f"set data.tasks.{name}.next_sentence=false"
+            )
+
     def cost(self, lengths: np.ndarray, widths: Widths) -> np.ndarray:
         return lengths + 2
 
@@ -196,7 +205,11 @@ class SpanDenoising(Task):
         return int(source.sum()), int(target.sum())
 
     def check_row(self, name: str, widths: Widths, tokenizer: Tokenizer) -> None:
-        super().check_row(name, widths, tokenizer)
+        if self.longest(widths) < 2:
+            raise DataError(
+                f"data.max_length={widths.row}, data.target_length={widths.target}: no room for a text with a span cut "
+                f"out (data.tasks.{name}); raise them, or leave the second null"
+            )
         _, n_spans = self.counts(np.array([self.longest(widths)]))
         if n_spans[0] > len(tokenizer.sentinel_ids):
             raise DataError(
@@ -229,7 +242,8 @@ class SpanDenoising(Task):
         """The target of the longest piece whose source fits, as T5 chose 114 for 512."""
         lengths = np.arange(1, 2 * row + 2)
         source, target = self.sizes(lengths)
-        return int(target[source <= row][-1])
+        fitting = target[source <= row]
+        return int(fitting[-1]) if len(fitting) else row
 
 
 def _check_shares(task: str, **shares: float) -> None:

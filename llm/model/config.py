@@ -191,6 +191,8 @@ class TransformerConfig:
             "next_sentence": ("encoder",),
             "window": ("encoder", "decoder"),
         }
+        if self.next_sentence and self.n_segments == 1:
+            return ["model.n_segments = 1: model.next_sentence tells two parts apart; set it to 2, or to 0 for none"]
         return [
             f"model.{key} = {getattr(self, key)}: there is none in model.family={self.family}, only in "
             f"{' and '.join(families)}; leave the key out"

@@ -161,19 +161,26 @@ class Transformer(nn.Module):
         head = target * (c.dim * self.embed.num_embeddings + transform)
         return 2 * batch * (encoder + decoder + head)
 
-    def flops_per_token(self, length: int, target_length: int = 0) -> float:
+    def flops_per_token(self, length: int, target_length: int = 0, scored: float = 1.0) -> float:
         """6N + 12·L·H·K·T, forward and backward, the convention of MFU (Chowdhery et al. 2022, arXiv:2204.02311, B).
 
         N counts a tied embedding once, and neither an untied input embedding nor learned positions and segments: those
         are looked up, not multiplied. Causal attention is not halved; recomputed activations are not counted. Of an
         encoder-decoder, whose halves see different tokens, the mean over `length` tokens read and `target_length`
-        written: a parameter counts for the tokens that it meets.
+        written: a parameter counts for the tokens that it meets. Of an encoder the heads count for `scored`, the share
+        of tokens whose logits are computed.
         """
         c = self.config
         tables = [m for m in self.modules() if isinstance(m, nn.Embedding) and m is not self.embed]
         looked_up = sum(m.weight.numel() for m in tables) + (0 if c.tie_embeddings else self.embed.weight.numel())
         width = 12 * c.n_heads * c.head_width
-        if self.encoder is None or self.decoder is None:
+        if self.decoder is None:
+            head = self.embed.weight.numel() + sum(
+                p.numel() for m in (self.transform, self.pooler) if m for p in m.parameters()
+            )
+            body = self.n_parameters() - looked_up - head
+            return 6 * (body + scored * head) + c.n_layers * width * length
+        if self.encoder is None:
             return 6 * (self.n_parameters() - looked_up) + c.n_layers * width * length
         read = sum(p.numel() for p in self.encoder.blocks.parameters())
         written = self.n_parameters() - looked_up - read

@@ -50,6 +50,10 @@ class Tokenizer:
     def __init__(self, backend: Backend, config: dict[str, Any]) -> None:
         backend.no_truncation()  # some folders carry the limits of the model they were trained with
         backend.no_padding()
+        # Some folders have markers among their ordinary tokens, which would be found in any text that names them.
+        markers = [name for names in _FILL_IN_THE_MIDDLE for name in names if backend.token_to_id(name) is not None]
+        known = {token.content for token in backend.get_added_tokens_decoder().values() if not token.special}
+        backend.add_special_tokens([name for name in markers if name in known])
         backend.encode_special_tokens = True
         self.backend = backend
         self.config = config
@@ -213,8 +217,17 @@ class Tokenizer:
             if part in added:
                 ids.append(added[part])
             elif part:
-                ids += self.encode(part)
+                ids += self._in_the_midst(part) if ids else self.encode(part)
         return ids
+
+    def _in_the_midst(self, text: str) -> list[int]:
+        """Tokens of what goes on behind other tokens: without the space that some tokenizers put before any text."""
+        ids = self.encode(text)
+        first = self.backend.id_to_token(ids[0]) if ids else None
+        if first is None or not first.startswith("▁") or text[:1].isspace():
+            return ids
+        rest = self.backend.token_to_id(first[1:])
+        return ids[1:] if first == "▁" else ids if rest is None else [rest, *ids[1:]]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of `ids`; bytes that are no UTF-8 (a character cut in two) come out as U+FFFD."""

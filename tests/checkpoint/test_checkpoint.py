@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 import yaml
 
-from llm.checkpoint import CheckpointError, load, load_into, newest, read, step_name, write
+from llm.checkpoint import CheckpointError, disagreements, load, load_into, newest, read, step_name, write
+from llm.checkpoint.load import stored
 from llm.checkpoint.rng import rng_state, set_rng_state
+from llm.config import ConfigError
 from llm.model import Transformer, TransformerConfig
 from llm.run import run
 from tests.runs import Compose
@@ -117,13 +120,54 @@ def test_load_says_where_it_looked(tmp_path: Path) -> None:
 
 def test_load_into_names_every_difference(compose_run: Compose, tmp_path: Path) -> None:
     run(compose_run())
-    other = Transformer(
-        TransformerConfig(dim=32, n_layers=3, n_heads=2, ffn_dim=64, vocab_size=300, max_length=32, norm="layer")
-    )
+    config, _ = stored(newest(tmp_path / "run"))  # type: ignore[arg-type]
+    other = Transformer(replace(config, n_layers=3, vocab_size=300))
     with pytest.raises(CheckpointError, match="do not fit this model") as refused:
         load_into(other, tmp_path / "run")
     assert "decoder.blocks.2.attention.query.weight: in the model, not in the checkpoint" in str(refused.value)
     assert "embed.weight: (257, 32) in the checkpoint, (300, 32) in the model" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "relu"}, r"model\.activation: relu - the weights have relu_squared"),
+        ({"norm_eps": 1e-3}, r"model\.norm_eps: 0\.001 - the weights have 1e-05"),
+        ({"n_heads": 1}, r"model\.n_heads: 1 - the weights have 2"),
+        ({"family": "encoder"}, r"model\.family: encoder - the weights are of a model\.family=decoder - take a model="),
+        ({"scale_logits": True}, r"model\.scale_logits: True - the weights have False"),
+    ],
+)
+def test_init_from_refuses_what_gives_equal_shapes_another_meaning(
+    compose_run: Compose, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Before any data is looked at, and again when the weights are read."""
+    run(compose_run("trainer.max_steps=1", "schedule.warmup_steps=0"))
+    config, _ = stored(newest(tmp_path / "run"))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=message):
+        load_into(Transformer(replace(config, **changes)), tmp_path / "run")
+    if "family" not in changes:
+        second = (f"init_from={tmp_path / 'run'}", f"run_dir={tmp_path / 'second'}", "data.path=/nowhere")
+        with pytest.raises(ConfigError, match=f"init_from: .*: {message}"):
+            run(compose_run(*second, *(f"++model.{key}={value}" for key, value in changes.items())))
+
+
+def test_what_makes_a_context_longer_may_differ(
+    compose_run: Compose, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(compose_run("trainer.max_steps=1", "schedule.warmup_steps=0"))
+    config, _ = stored(newest(tmp_path / "run"))  # type: ignore[arg-type]
+    assert load_into(Transformer(replace(config, rope_theta=5e5, max_length=64)), tmp_path / "run") == []
+    assert "model.rope_theta: 500000.0, and the weights were trained with 10000.0" in caplog.text
+
+
+def test_two_embeddings_do_not_become_one(tmp_path: Path) -> None:
+    config = TransformerConfig(dim=8, n_layers=1, n_heads=2, vocab_size=20, max_length=8, tie_embeddings=True)
+    apart, tied = Transformer(replace(config, tie_embeddings=False)), Transformer(config)
+    assert disagreements(tied.config, apart.config) == [
+        "model.tie_embeddings: True - the weights have False - set it to that"
+    ]
+    assert disagreements(apart.config, tied.config) == []
 
 
 def test_init_from_starts_from_the_weights_and_not_from_the_step(compose_run: Compose, tmp_path: Path) -> None:

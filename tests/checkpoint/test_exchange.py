@@ -120,11 +120,52 @@ def test_marian_comes_without_its_tokenizer(tmp_path: Path, caplog: pytest.LogCa
     for name in ("source.spm", "target.spm"):
         (tmp_path / "theirs" / name).write_bytes(b"")
     with caplog.at_level(logging.WARNING):
-        assert import_folder(tmp_path / "theirs", tmp_path / "step") == []
+        assert import_folder(tmp_path / "theirs", tmp_path / "step") == ([], [])
     assert "two SentencePiece models have no form for the tokenizers library" in caplog.text
     assert not (tmp_path / "step" / "tokenizer").exists()
     with pytest.raises(CheckpointError, match="holds no tokenizer - copy one to"):
         load(tmp_path / "step")
+
+
+def test_heads_without_a_place_are_named_and_poolers_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    roberta = saved("RobertaModel", "RobertaConfig", tmp_path / "roberta", **SMALL, type_vocab_size=1)
+    assert roberta.pooler is not None
+    main(["import", str(tmp_path / "roberta"), str(tmp_path / "one")])
+    printed = capsys.readouterr().out
+    assert "not in it, so new: transform.dense.weight" in printed
+    assert "has no place here, so left out: roberta.pooler.dense.bias, roberta.pooler.dense.weight" in printed
+    bert = saved("BertModel", "BertConfig", tmp_path / "bert", **SMALL)
+    main(["import", str(tmp_path / "bert"), str(tmp_path / "two")])
+    assert "left out" not in capsys.readouterr().out
+    config, state = stored(tmp_path / "two")
+    assert config.next_sentence
+    assert torch.equal(state["pooler.weight"], bert.pooler.dense.weight)
+
+
+def test_an_untied_head_is_no_embedding(tmp_path: Path) -> None:
+    llama = SMALL | {"num_key_value_heads": 2, "tie_word_embeddings": False}
+    saved("LlamaForCausalLM", "LlamaConfig", tmp_path, **llama)
+    config = huggingface.read(tmp_path).config
+    with pytest.raises(CheckpointError, match=r"model\.tie_embeddings: True - the weights have False"):
+        load_into(Transformer(TransformerConfig(**{**config.__dict__, "tie_embeddings": True})), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "modernbert", "hidden_activation": "silu"}, r"hidden_activation: silu - only gelu are known"),
+        ({"residual_multiplier": 0.0}, r"residual_multiplier: 0\.0 - not known for model_type llama"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+            "llama3 without original_max_position_embeddings - add it",
+        ),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    llama = {**SMALL, "model_type": "llama", "num_key_value_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps(llama | changes))
+    with pytest.raises(CheckpointError, match=message):
+        huggingface.configuration(tmp_path)
 
 
 def test_a_table_that_is_no_sines_is_refused(tmp_path: Path) -> None:

@@ -79,6 +79,17 @@ def test_whole_words_are_hidden_whole(text: np.ndarray, seed: int, data: st.Data
     assert predicted.sum() <= max(1, round(len(text) * 0.15)) or len(hidden) == 1
 
 
+def test_whole_words_come_to_the_rate_too() -> None:
+    shares = []
+    for seed in range(400):
+        draw = generator(seed, 1, 0, 0)
+        sizes = draw.choice([1, 2, 3, 4], 200, p=[0.6, 0.2, 0.1, 0.1])
+        starts = np.concatenate([[1] + [0] * (size - 1) for size in sizes]).astype(bool)[:60]
+        labels = hide(draw.integers(10, 100, 60), starts, Masking(whole_word=True), SYMBOLS, draw)["labels"]
+        shares.append((labels != IGNORED).mean())
+    assert np.mean(shares) == pytest.approx(0.15, abs=0.003)
+
+
 # Spans
 
 
@@ -188,6 +199,25 @@ def test_half_of_the_pairs_follow() -> None:
     assert pairs.label.mean() == pytest.approx(0.5, abs=0.04)
 
 
+def test_nothing_but_the_text_tells_the_two_kinds_of_pairs_apart() -> None:
+    """Neither how long the parts are nor whether the second ends its document: what a model could read off instead."""
+    for shortest, longest in ((20, 60), (50, 400), (500, 4000)):
+        lengths = np.random.default_rng(0).integers(shortest, longest, 3000)
+        starts = np.cumsum([0, *lengths[:-1]])
+        pairs = draw_pairs(starts, lengths, 125, (0, 0))
+        ends = set((starts + lengths).tolist())
+        is_end = np.array([second + n in ends for second, n in zip(pairs.second, pairs.n_second, strict=True)])
+        follows = pairs.label == FOLLOWS
+        assert is_end[follows].mean() == pytest.approx(is_end[~follows].mean(), abs=0.05)
+        assert pairs.n_second[follows].mean() == pytest.approx(pairs.n_second[~follows].mean(), rel=0.15)
+        assert (np.minimum(pairs.n_first, pairs.n_second) < 4).mean() < {20: 0.2, 50: 0.1, 500: 0.03}[shortest]
+
+
+def test_one_document_among_empty_ones_is_no_endless_search() -> None:
+    pairs = draw_pairs(np.array([0, 40, 40]), np.array([40, 0, 3]), 20, (0, 0))
+    assert set(pairs.second[pairs.label == ELSEWHERE].tolist()) <= {40, 41, 42}
+
+
 # Batches
 
 
@@ -252,6 +282,56 @@ def test_pairs_are_found_by_their_first_token(folder: Path) -> None:
     assert step["segments"][step["documents"] == 0].sum() == 0
 
 
+def test_labels_of_packed_pairs_are_true_to_the_corpus(folder: Path) -> None:
+    data = make(folder, *CASES["pairs"])
+    (rows,) = data._prepared.train.values()
+    starts, lengths, labels = rows.second
+    behind = rows.starts + rows.lengths == starts
+    assert (behind == (labels == FOLLOWS)).all()
+    step, ends = batch(data, 0), np.concatenate([[0], rows.ends])
+    for sample, found, at in zip(step["samples"].tolist(), step["pair_labels"], step["cls_at"], strict=True):
+        pieces = range(int(ends[sample]), int(ends[sample + 1]))
+        assert found[found != IGNORED].tolist() == [int(labels[piece]) for piece in pieces]
+        sizes = [int(rows.lengths[piece] + lengths[piece]) + 3 for piece in pieces]
+        assert at[: len(sizes)].tolist() == np.cumsum([0, *sizes[:-1]]).tolist()
+
+
+def test_words_are_hidden_whole_in_a_batch(folder: Path) -> None:
+    """A token that goes on with a word (##) shares the fate of the one before it, unless the piece begins there."""
+    data = make(folder, WordPiece(60), CASES["pairs"][1])  # few words are one token
+    step, tokenizer = batch(data, 0), data.tokenizer
+    predicted = step["labels"] != IGNORED
+    original = torch.where(predicted, step["labels"], step["tokens"])
+    n_checked = 0
+    for row in range(6):
+        names = [tokenizer.backend.id_to_token(index) or "" for index in original[row].tolist()]
+        for place in range(1, 64):
+            special = names[place - 1] in ("[CLS]", "[SEP]")
+            if names[place].startswith("##") and not special:
+                n_checked += int(predicted[row, place])
+                assert predicted[row, place] == predicted[row, place - 1]
+    assert n_checked > 0
+
+
+def test_weights_of_tasks_are_shares_of_tokens(folder: Path) -> None:
+    data = make(folder, *CASES["middle"])
+    counts = torch.zeros(2, dtype=torch.long)
+    for index in range(2 * data.n_steps(max_epochs=1)):
+        step = batch(data, index)
+        counts += torch.bincount(step["tasks"].repeat_interleave((step["labels"] != IGNORED).sum(1)), minlength=2)
+    assert (counts[1] / counts[0]).item() == pytest.approx(2.0, rel=0.1)
+
+
+def test_another_mean_span_is_packed_anew(folder: Path) -> None:
+    """Of short pieces the two have the same sizes, of long ones not."""
+    long = {"max_length": 256, "batch_size": 2}
+    recipe = Unigram(200, n_sentinels=60)
+    make(folder, recipe, {"spans": SpanDenoising(mean_span=3.1)}, **long)
+    data = make(folder, recipe, {"spans": SpanDenoising()}, **long)
+    for index in range(data.n_steps(max_epochs=1)):
+        batch(data, index)
+
+
 def test_source_and_target_documents_belong_together(folder: Path) -> None:
     data = make(folder, *CASES["spans"])
     step, tokenizer = batch(data, 0), data.tokenizer
@@ -278,6 +358,14 @@ def test_source_and_target_documents_belong_together(folder: Path) -> None:
         (Bytes(), {"middle": FillInTheMiddle()}, {}, "tokenizer=bpe tokenizer.fill_in_the_middle=true"),
         (Unigram(120, n_sentinels=2), {"spans": SpanDenoising()}, {}, "makes 3 spans, the tokenizer has 2 sentinels"),
         (WordPiece(200), {"masked_lm": Masking()}, {"max_length": 2}, "data.max_length=2: has no room for what"),
+        (
+            WordPiece(200),
+            {"masked_lm": Masking(next_sentence=True)},
+            {"max_length": 10},
+            "a pair .* needs 11; raise it",
+        ),
+        (Unigram(120), {"spans": SpanDenoising()}, {"max_length": 1}, "data.max_length=1, .* no room for a text with"),
+        (Unigram(120), {"spans": SpanDenoising()}, {"target_length": 2}, "data.target_length=2: no room for a text"),
     ],
 )
 def test_what_the_tokenizer_lacks_is_named(
@@ -293,6 +381,13 @@ def test_tasks_of_two_families_do_not_mix(folder: Path) -> None:
         TextData(WordPiece(200), path="x", tasks=tasks)
     with pytest.raises(ValueError, match=r"data.target_length=9: rows of masked_lm have no target"):
         TextData(WordPiece(200), path="x", tasks={"masked_lm": Masking()}, target_length=9)
+
+
+def test_a_text_of_nothing_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "text.jsonl", [" "] * 9 + ["a word"] * 1)
+    settings = {"path": str(tmp_path / "text.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(DataError, match="no document has enough tokens for data"):
+        TextData(WordPiece(60), tasks={"masked_lm": Masking()}, val_every=10, **settings).prepare()
 
 
 def test_one_document_has_no_other(folder: Path, tmp_path: Path) -> None:

@@ -80,6 +80,13 @@ def test_ranges_are_in_the_hints(key, good, bad):
         hint.validate_python(bad)
 
 
+def test_two_parts_of_a_pair_need_two_segments():
+    with pytest.raises(ValueError, match=r"model\.n_segments = 1: model\.next_sentence tells two parts apart"):
+        TransformerConfig(
+            dim=8, n_layers=1, n_heads=2, max_length=8, family="encoder", next_sentence=True, n_segments=1
+        )
+
+
 def test_every_number_has_a_range():
     for key, hint in get_type_hints(TransformerConfig, include_extras=True).items():
         parts = [hint, *get_args(hint)]

@@ -84,6 +84,18 @@ def test_t5_has_its_sentinels_and_finds_no_special_token_in_a_text(tmp_path: Pat
     assert Tokenizer.load(tmp_path / "again").fingerprint == tokenizer.fingerprint
 
 
+def test_markers_among_ordinary_tokens_are_not_found_in_a_text(tmp_path: Path) -> None:
+    """As Qwen's are."""
+    backend = byte_level(["<|endoftext|>"])
+    names = ["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"]
+    backend.add_tokens([tokenizers.AddedToken(name, special=False) for name in names])
+    tokenizer = save(backend, tmp_path, {"eos_token": "<|endoftext|>"})
+    assert tokenizer.fim_ids == tuple(backend.token_to_id(name) for name in names)
+    assert not set(tokenizer.fim_ids or ()) & set(tokenizer.encode("a<|fim_prefix|>b"))
+    assert tokenizer.encode_marked("a<|fim_prefix|>b")[1:-1] == [tokenizer.fim_ids[0]]  # type: ignore[index]
+    assert set(tokenizer.fim_ids or ()) <= set(tokenizer.special_ids.tolist())
+
+
 def test_a_text_that_is_cut_straight_into_tokens_has_no_words(tmp_path: Path) -> None:
     backend = t5(0)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="always", split=False)

@@ -1,7 +1,7 @@
 """Weights of Hugging Face's into a network of ours and back."""
 
 from llm.checkpoint.huggingface import settings
-from llm.checkpoint.huggingface.folder import is_folder, read, tokenizer_of, write
+from llm.checkpoint.huggingface.folder import configuration, is_folder, read, tokenizer_of, write
 from llm.checkpoint.huggingface.weights import HEADS, Translated
 
-__all__ = ["HEADS", "Translated", "is_folder", "read", "settings", "tokenizer_of", "write"]
+__all__ = ["HEADS", "Translated", "configuration", "is_folder", "read", "settings", "tokenizer_of", "write"]

@@ -106,7 +106,9 @@ ROBERTA = replace(
     prefix="roberta.",
     dropped=(r"roberta\.embeddings\.position_ids",),
     headed=("lm_head.", "roberta.pooler."),
-    offset=lambda theirs: theirs.get("pad_token_id", 1) + 1,  # the first position is the one after padding's
+    offset=lambda theirs: (
+        (1 if theirs.get("pad_token_id") is None else theirs["pad_token_id"]) + 1
+    ),  # the first position is the one after padding's
 )
 
 MODERNBERT = Architecture(
@@ -123,7 +125,8 @@ MODERNBERT = Architecture(
         Setting("norm_eps", "norm_eps", 1e-5),
         Setting("tie_word_embeddings", "tie_embeddings", True),
         Setting("decoder_bias", "head_bias", True),
-        Setting("hidden_activation", "activation", "gelu", {"gelu": "geglu", "silu": "swiglu"}),
+        # The head's activation is gelu whatever hidden_activation says, and ours is one for both.
+        Setting("hidden_activation", "activation", "gelu", {"gelu": "geglu"}),
     ),
     constants={
         "position": "rotary",

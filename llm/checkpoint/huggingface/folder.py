@@ -47,6 +47,19 @@ def read(path: str | Path) -> Translated:
     return weights.from_theirs(tensors, theirs, architecture, config, str(path))
 
 
+def configuration(path: str | Path) -> TransformerConfig | None:
+    """What config.json says; of a GGUF file, which has to be read whole for that, None.
+
+    Raises:
+        CheckpointError: naming each setting that is not honoured.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return None
+    theirs = _json(path / CONFIG)
+    return settings.from_theirs(theirs, settings.architecture_of(theirs, str(path)), str(path / CONFIG))
+
+
 def tokenizer_of(path: str | Path) -> Tokenizer | None:
     """The tokenizer in a folder or GGUF file; None if there is none, or Marian's, which cannot be carried along.
 

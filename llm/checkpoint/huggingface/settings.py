@@ -94,7 +94,7 @@ def _mistakes(theirs: Settings, architecture: Architecture) -> list[str]:
         if key in architecture.fixed:
             if value is not None and value != architecture.fixed[key]:
                 mistakes.append(f"{key}: {value} - only {architecture.fixed[key]} is known")
-        elif key not in known and value not in (None, False, {}, []):
+        elif key not in known and not (value is None or value is False or value in ({}, [])):
             mistakes.append(f"{key}: {value} - not known for model_type {architecture.model_type}")
     return mistakes
 
@@ -110,7 +110,10 @@ def to_theirs(config: TransformerConfig, pad_id: int) -> tuple[Architecture, Set
         if architecture.family != config.family:
             continue
         theirs = _written(config, architecture, pad_id)
-        again = from_theirs(theirs, architecture, "config.json")
+        try:
+            again = from_theirs(theirs, architecture, "config.json")
+        except CheckpointError:  # what is written is no configuration of that architecture
+            continue
         again = dataclasses.replace(again, **_from_weights(config, architecture))
         mine, other = meaning(config), meaning(again)
         lines = [f"model.{key}: {mine[key]} - {architecture.model_type} has {other[key]}" for key in mine]
@@ -119,7 +122,8 @@ def to_theirs(config: TransformerConfig, pad_id: int) -> tuple[Architecture, Set
             return architecture, theirs
         if nearest is None or len(lines) < len(nearest[0]):
             nearest = lines, architecture.model_type
-    assert nearest is not None
+    if nearest is None:
+        raise CheckpointError(f"no architecture of Hugging Face is a model.family={config.family} with these sizes")
     raise CheckpointError(
         "no architecture of Hugging Face computes what this model does; the nearest is "
         f"{nearest[1]} - train with its settings to export\n" + "\n".join(f"  {line}" for line in nearest[0])

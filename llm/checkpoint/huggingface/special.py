@@ -21,7 +21,9 @@ def rope_from(theirs: Settings) -> Settings:
     node.pop("type", None)
     theta = node.pop("rope_theta", None) or theirs.get("rope_theta") or 10000.0
     if kind == "llama3":
-        original = node.pop("original_max_position_embeddings", None)
+        original = node.pop("original_max_position_embeddings", None) or theirs.get("original_max_position_embeddings")
+        if original is None:
+            raise CheckpointError("rope_parameters: llama3 without original_max_position_embeddings - add it")
         factor, low, high = (float(node.pop(key)) for key in _LLAMA3)
         scaling = RopeScaling(factor, low, high, original)
     elif kind == "default":

@@ -138,7 +138,8 @@ def _told_by_weights(config: TransformerConfig, architecture: Architecture, left
     if architecture.model_type == "t5":
         return dataclasses.replace(config, tie_embeddings="lm_head.weight" not in left)
     if architecture.model_type == "bert":
-        return dataclasses.replace(config, next_sentence="cls.seq_relationship.weight" in left)
+        pooled = left.keys() & {"cls.seq_relationship.weight", "bert.pooler.dense.weight"}
+        return dataclasses.replace(config, next_sentence=bool(pooled))
     return config
 
 
