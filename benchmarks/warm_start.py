@@ -23,9 +23,9 @@ N_SENTINELS = 100
 # MiniLM is BERT in small; the decoder is as wide, and two layers deep.
 MODEL = [
     *("model=bert_base", "model.family=encoder_decoder", "model.next_sentence=false", "model.dropout=0.0"),
-    *("model.dim=384", "model.ffn_dim=1536", "model.n_layers=6", "model.n_decoder_layers=2"),
+    *("model.dim=384", "model.ffn_dim=1536", "model.n_layers=6", "+model.n_decoder_layers=2"),
 ]
-TRAINING = ["experiment=t5_pretrain", "optimizer=adamw", "optimizer.lr=5e-4", "schedule.warmup_steps=50"]
+TRAINING = ["experiment=t5_pretrain", "optimizer=adamw", "optimizer.lr=5e-4"]
 PROMPTS = "callback.sample.prompts=['it was a <extra_id_0>, and i']"
 
 
@@ -60,7 +60,10 @@ def main() -> None:
         steps = n_steps(overrides, folder / "calibration", options.minutes)
         runs = {"fresh": [], "encoder from MiniLM": [f"init_from={folder / 'encoder'}"]}
         results = {
-            name: measured([*overrides, *start], folder / name.partition(" ")[0], steps) for name, start in runs.items()
+            name: measured(
+                [*overrides, *start, f"schedule.warmup_steps={steps // 10}"], folder / name.partition(" ")[0], steps
+            )
+            for name, start in runs.items()
         }
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     drawn(results, PICTURE)
