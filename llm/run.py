@@ -286,6 +286,7 @@ def _quiet() -> None:
         ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*`srun` command is available on your system but is not used.*",
         ".*your dataloader is not resumable.*",
+        ".*Total length of `list` across ranks is zero.*",
         ".*is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
