@@ -25,7 +25,7 @@ MODEL = [
     *("model=bert_base", "model.family=encoder_decoder", "model.next_sentence=false", "model.dropout=0.0"),
     *("model.dim=384", "model.ffn_dim=1536", "model.n_layers=6", "+model.n_decoder_layers=2"),
 ]
-TRAINING = ["experiment=t5_pretrain", "optimizer=adamw", "optimizer.lr=5e-4"]
+TRAINING = ["experiment=t5_pretrain", "optimizer.lr=2e-3", "model.tie_embeddings=false"]
 PROMPTS = "callback.sample.prompts=['it was a <extra_id_0>, and i']"
 
 
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="JSON lines, maybe .gz, with `text` or `paragraphs`")
     parser.add_argument("encoder", type=Path, help="MiniLM's folder")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, each run")
+    parser.add_argument("--steps", type=int, help="of training, each run, in place of the minutes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -57,7 +58,7 @@ def main() -> None:
         with_sentinels(options.encoder, folder / "encoder")
         tokenizer = ["tokenizer=pretrained", f"tokenizer.path={folder / 'encoder'}"]
         overrides = [*TRAINING, *MODEL, PROMPTS, *SETTINGS, *tokenizer, f"data.path={folder / 'text.jsonl'}"]
-        steps = n_steps(overrides, folder / "calibration", options.minutes)
+        steps = options.steps or n_steps(overrides, folder / "calibration", options.minutes)
         runs = {"fresh": [], "encoder from MiniLM": [f"init_from={folder / 'encoder'}"]}
         results = {
             name: measured(
