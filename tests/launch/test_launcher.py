@@ -252,13 +252,16 @@ def test_each_signal_is_passed_on_once(start: Start, number: signal.Signals) -> 
     """To a rank, not to its workers, and also where a terminal sends it to everybody; twice is twice."""
     body = f"""
     seen = []
+    came, wakeup = os.pipe()  # pause() would sleep through a signal that comes just before it
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup)
     signal.signal({int(number)}, lambda number, frame: (seen.append(number), tell("saw", len(seen))))
     worker = os.fork()
     if worker == 0:
         signal.signal({int(number)}, lambda *_: tell("worker saw it"))
         os.write(1, b"ready\\n")
         while True: signal.pause()
-    while len(seen) < 2: signal.pause()
+    while len(seen) < 2: os.read(came, 1)
     os.kill(worker, signal.SIGKILL)
     """
     process = start(body, n=2, grace_s=GRACE_S)
