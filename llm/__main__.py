@@ -103,11 +103,35 @@ def export_weights(arguments: Sequence[str]) -> None:
     print(f"{options.out}: written")
 
 
+def audit(arguments: Sequence[str]) -> None:
+    """Prove from a run's ledger that no sample was lost or used twice, or show what steps were trained on."""
+    parser = _Parser("python -m llm audit", description=audit.__doc__)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--step", type=int, help="show the text of one step")
+    parser.add_argument("--steps", metavar="A:B", help="which sources steps A to B were of, most unusual first")
+    options = parser.parse_args(list(arguments))
+    from llm.audit import check, show_step, show_window
+
+    if options.step is not None:
+        print(show_step(options.run, options.step))
+    elif options.steps is not None:
+        first, _, last = options.steps.partition(":")
+        if not (first.isdecimal() and last.isdecimal()):
+            parser.error(f"--steps {options.steps}: give two steps, as 100:200")
+        print(show_window(options.run, int(first), int(last)))
+    else:
+        report, sound = check(options.run)
+        print(report)
+        if not sound:
+            sys.exit(74)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare": prepare,
     "generate": generate,
     "import": import_weights,
     "export": export_weights,
+    "audit": audit,
 }
 
 

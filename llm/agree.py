@@ -11,7 +11,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from llm.checkpoint import configuration_at, disagreements, newest, read, tokenizer_at
+from llm.checkpoint import configuration_at, disagreements, newest, read_state, tokenizer_at
 from llm.config import ConfigError
 from llm.data import TextData
 from llm.launch import Place
@@ -109,7 +109,7 @@ def agree_with_checkpoint(cfg: DictConfig, data: TextData, checkpoint: Path) -> 
     ]
     if mistakes:
         raise ConfigError(mistakes)
-    data.check_resume(read(checkpoint)[type(data).__qualname__])
+    data.check_resume(read_state(checkpoint)[type(data).__qualname__])
 
 
 def agree_with_weights(data: TextData, init_from: str) -> None:

@@ -44,6 +44,15 @@ def all_mean(values: Tensor) -> Tensor:
     return all_sum(values).div_(n_processes())
 
 
+def all_gather(values: Tensor) -> Tensor:
+    """`values` of the processes with data of their own, in their order: [..] -> [processes, ..]. No host sync."""
+    if n_processes() == 1:
+        return values.unsqueeze(0)
+    parts = [torch.empty_like(values) for _ in range(n_processes())]
+    dist.all_gather(parts, values.contiguous(), group=_data_group)
+    return torch.stack(parts)
+
+
 def from_first(values: Tensor) -> Tensor:
     """`values` of the first of all processes, in place: for what must not differ even in the last bit."""
     if _world_size() > 1:

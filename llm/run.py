@@ -23,12 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, vocab_size
 from llm.callback import PreemptedError
-from llm.checkpoint import find, newest
+from llm.checkpoint import find, newest_verified, read_state, set_aside_damaged, sweep
 from llm.config import ConfigError, check, wandb_offline
 from llm.data import TextData
 from llm.exit import RunExistsError, as_rank, finished, guarded, recorded, write_end
 from llm.launch import place
-from llm.strategy import DirectoryIO, Environment, Rendezvous, first_to_fail, leave, meet, see_off
+from llm.lock import Lock
+from llm.strategy import Environment, Rendezvous, Stored, first_to_fail, leave, meet, see_off
 
 _log = logging.getLogger(__name__)
 
@@ -90,23 +91,29 @@ def prepare(cfg: DictConfig) -> None:
     print(yaml.safe_dump(data.report(), sort_keys=False))
 
 
-def claim(run_dir: Path, resume: str) -> str | None:
-    """Make the run directory and say which checkpoint to go on from; None starts at step 0.
+def claim(run_dir: Path, resume: str, lock: Lock) -> str | None:
+    """Make the run directory, lock it, and say which checkpoint to go on from; None starts at step 0.
 
     Raises:
         RunExistsError: if there is a run and `resume` is never.
+        LockedError: if another process writes into it.
+        CheckpointError: if there are checkpoints, and all are damaged.
         OSError: naming the key, if the directory cannot be made.
     """
-    if resume == "never" and run_dir.exists() and any(run_dir.iterdir()):
+    if resume == "never" and run_dir.exists() and any(path.name != lock.folder.name for path in run_dir.iterdir()):
         raise RunExistsError(
             f"run_dir: {run_dir} exists - resume=never does not write into an existing run - "
             f"give another run_name, or resume=auto to continue it"
         )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        lock.take()
     except OSError as error:
         raise OSError(f"run_dir: {run_dir} - cannot be made ({error.strerror}) - give another run_dir") from error
-    checkpoint = newest(run_dir)  # requeued, a run goes on where it is, not where it came from
+    sweep(run_dir)
+    checkpoint = newest_verified(run_dir)  # requeued, a run goes on where it is, not where it came from
+    if checkpoint is not None:
+        set_aside_damaged(run_dir, checkpoint)
     if checkpoint is None and resume not in ("auto", "must", "never"):
         checkpoint = find(resume)
     return None if checkpoint is None else str(checkpoint)
@@ -163,7 +170,16 @@ def _set_length(cfg: DictConfig, data: TextData) -> None:
 def _fit(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
     """Train, on from a checkpoint if there is one. Nothing is written before all that can be refused has been."""
     run_dir = Path(cfg.run_dir)
-    found = together.share("claim", lambda: claim(run_dir, cfg.resume))
+    lock = Lock(run_dir)
+    found = together.share("claim", lambda: claim(run_dir, cfg.resume, lock))
+    try:
+        return _trained(cfg, data, together, found, lock)
+    finally:
+        lock.release()
+
+
+def _trained(cfg: DictConfig, data: TextData, together: Rendezvous, found: str | None, lock: Lock) -> Outcome:
+    run_dir = Path(cfg.run_dir)
     _log.info("%s: preparing the data", run_dir)
     together.once_per_node("data", data.prepare)
     data.prepare()  # which finds what was made
@@ -173,9 +189,11 @@ def _fit(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
         _log.info("%s: finished already, at step %d; a larger trainer.max_steps continues it", run_dir, step)
         return Outcome(run_dir, step, {})
     trainer, objective = build(cfg)
-    checkpoint_io = trainer.strategy.checkpoint_io
-    assert isinstance(checkpoint_io, DirectoryIO), "every strategy of ours saves through our store"
-    checkpoint_io.attachments = _write_inputs(cfg, run_dir, data)
+    if found is not None and run_dir in Path(found).parents:
+        _continue_wandb(trainer, read_state(Path(found)).get("wandb"))
+    assert isinstance(trainer.strategy, Stored), "every strategy of ours saves through our store"
+    trainer.strategy.attachments = _write_inputs(cfg, run_dir, data)
+    trainer.strategy.lock = lock
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     world_size = together.here.world_size
     _log.info(
@@ -193,6 +211,13 @@ def _fit(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
     if trainer.is_global_zero:
         write_end(run_dir, trainer.global_step, trainer.max_steps)
     return Outcome(run_dir, trainer.global_step, _metrics(trainer))
+
+
+def _continue_wandb(trainer: L.Trainer, run_id: str | None) -> None:
+    """The same run there as here; offline it is another folder, which `wandb sync` adds to the first."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and run_id is not None:
+            logger._wandb_init |= {"id": run_id, "resume": "allow"}
 
 
 def _start(cfg: DictConfig, data: TextData, checkpoint: str | None) -> int | None:
@@ -294,5 +319,6 @@ def _quiet() -> None:
         ".*every_n_train_steps, but no pre-optimization state was saved.*",
         ".*isinstance.treespec, LeafSpec.* is deprecated.*",
         ".*You're resuming from a checkpoint that ended before the epoch ended.*",
+        ".*torch.distributed is disabled, unavailable or uninitialized.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+from llm.checkpoint import find, read_state, read_tensors
 from llm.config import register
 from llm.run import Outcome, run
 
@@ -60,6 +62,15 @@ FAMILIES = {
 }
 
 Compose = Callable[..., DictConfig]
+
+
+def saved(path: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run, or a step directory, holds: plain data, `state_dict`, and `optimizer`, the
+    tensors by parameter and key."""
+    step = find(path)
+    tensors = read_tensors(step)
+    weights = {name: value for name, value in tensors.items() if not name.startswith("optimizer.")}
+    return {**read_state(step), "state_dict": weights, "optimizer": {n: tensors[n] for n in tensors.keys() - weights}}
 
 
 def run_composed(overrides: list[str]) -> Outcome:

@@ -2,10 +2,21 @@
 
 from llm.callback.checkpoint import Checkpoint
 from llm.callback.due_validation import DueValidation
+from llm.callback.ledger import Ledger
 from llm.callback.metrics import Metrics
 from llm.callback.preempt import Preempt, PreemptedError
 from llm.callback.progress import Progress
 from llm.callback.sample import Sample
 from llm.callback.summary import Summary
 
-__all__ = ["Checkpoint", "DueValidation", "Metrics", "Preempt", "PreemptedError", "Progress", "Sample", "Summary"]
+__all__ = [
+    "Checkpoint",
+    "DueValidation",
+    "Ledger",
+    "Metrics",
+    "Preempt",
+    "PreemptedError",
+    "Progress",
+    "Sample",
+    "Summary",
+]

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import lightning as L
 from annotated_types import Ge, Gt
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
 
 from llm.checkpoint import step_name, steps
 from llm.checkpoint.rng import rng_state, set_rng_state
@@ -22,6 +23,9 @@ class Checkpoint(ModelCheckpoint):
         save_top_k: how many to keep, -1 for all; the newest is kept in any case, as the run continues from it.
         monitor: what to keep the best of: "step", which keeps the newest, or a metric such as val/loss.
         mode: whether the best is the largest ("max") or the smallest ("min").
+        keep_every_n_steps: of these steps the checkpoints stay for good; null: of none.
+        background: training goes on while a thread writes; at most one save is under way.
+        on_error: what a full or broken disk means: the end of the run (exit code 74), or a warning.
     """
 
     FILE_EXTENSION = ""  # a checkpoint is a directory
@@ -32,6 +36,9 @@ class Checkpoint(ModelCheckpoint):
         save_top_k: Annotated[int, Ge(-1)] = 1,
         monitor: str = "step",
         mode: Literal["min", "max"] = "max",
+        keep_every_n_steps: Annotated[int, Gt(0)] | None = None,
+        background: bool = False,
+        on_error: Literal["stop", "warn"] = "stop",
     ) -> None:
         super().__init__(
             filename="step-{step:08d}",
@@ -41,18 +48,26 @@ class Checkpoint(ModelCheckpoint):
             monitor=monitor,
             mode=mode,
         )
+        self.keep_every_n_steps = keep_every_n_steps
+        self.background = background
+        self.on_error: Literal["stop", "warn"] = on_error
         self._rng: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Where a run looks for its checkpoints; Lightning would take the first logger's folder."""
         self.dirpath = str(_folder(trainer))
+        strategy: Any = trainer.strategy  # one of ours
+        strategy.background, strategy.on_error = self.background, self.on_error
         super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The generators' states, without which dropout would differ after a restart: one of every share of the data.
+        """The W&B run that goes on, and the generators' states, without which dropout would differ after a restart: one
+        of every share of the data.
 
         Processes that share their data (tensor parallelism) draw the same, and have to.
         """
+        wandb = next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
+        checkpoint["wandb"] = None if wandb is None else wandb.version
         states = gather_objects(rng_state())
         checkpoint["rng"] = states[:: len(states) // self._share(trainer)["num_replicas"]]
 
@@ -82,7 +97,7 @@ class Checkpoint(ModelCheckpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The end of the run: save before the callbacks that sum it up, any of which may fail."""
         super().on_train_epoch_end(trainer, pl_module)
-        save_step(trainer)
+        save_step(trainer)  # waits for what a thread still writes, too
         self._prune(trainer)
 
     def _share(self, trainer: L.Trainer) -> dict[str, int]:
@@ -97,14 +112,22 @@ class Checkpoint(ModelCheckpoint):
         best = set() if self.monitor == "step" else {Path(path) for path in self.best_k_models}
         for path in found:
             if path not in newest and path not in best:
-                trainer.strategy.remove_checkpoint(path)
+                self._remove_checkpoint(trainer, str(path))
+
+    def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        step = int(Path(filepath).name.removeprefix("step-"))
+        if self.keep_every_n_steps is None or step % self.keep_every_n_steps:
+            super()._remove_checkpoint(trainer, filepath)
 
 
 def save_step(trainer: L.Trainer) -> Path:
     """Save the step the run is at, unless that is done already, and say where."""
     path = _folder(trainer) / step_name(trainer.global_step)
-    if not trainer.strategy.broadcast(path.exists()):  # the first process decides: each sees the disk at another moment
+    strategy: Any = trainer.strategy  # one of ours
+    strategy.finish_saving()
+    if not strategy.broadcast(path.exists()):  # the first process decides: each sees the disk at another moment
         trainer.save_checkpoint(path)
+        strategy.finish_saving()
     return path
 
 

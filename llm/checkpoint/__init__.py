@@ -1,9 +1,24 @@
 """From a run to disk and back."""
 
-from llm.checkpoint.distribute import gather, load_whole, load_whole_optimizer, place
+from llm.checkpoint.distribute import load_whole, place, weights_of
 from llm.checkpoint.exchange import export_folder, import_folder
 from llm.checkpoint.load import configuration_at, disagreements, load, load_into, tokenizer_at, weights_at
-from llm.checkpoint.store import CheckpointError, find, newest, read, step_name, steps, write
+from llm.checkpoint.shards import index as stored_tensors
+from llm.checkpoint.shards import load_into as load_tensors
+from llm.checkpoint.store import (
+    CheckpointError,
+    find,
+    newest,
+    newest_verified,
+    read_state,
+    read_tensors,
+    remove,
+    save,
+    set_aside_damaged,
+    step_name,
+    steps,
+    sweep,
+)
 
 __all__ = [
     "CheckpointError",
@@ -11,18 +26,24 @@ __all__ = [
     "disagreements",
     "export_folder",
     "find",
-    "gather",
     "import_folder",
     "load",
     "load_into",
+    "load_tensors",
     "load_whole",
-    "load_whole_optimizer",
     "newest",
+    "newest_verified",
     "place",
-    "read",
+    "read_state",
+    "read_tensors",
+    "remove",
+    "save",
+    "set_aside_damaged",
     "step_name",
     "steps",
+    "stored_tensors",
+    "sweep",
     "tokenizer_at",
     "weights_at",
-    "write",
+    "weights_of",
 ]

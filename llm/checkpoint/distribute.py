@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 
 def place(whole: Tensor, like: Tensor) -> Tensor:
@@ -23,38 +19,14 @@ def place(whole: Tensor, like: Tensor) -> Tensor:
     return whole
 
 
-def gather(state: Any, keep: bool) -> Any:
-    """`state`, nested lists and dicts, with every spread tensor whole and on the CPU, one after the other.
-
-    Collective: all processes call it with the same structure. Those that do not `keep` the result get None in the place
-    of tensors, so that only one of them needs the memory.
-    """
-
-    def whole(tensor: Tensor) -> Tensor | None:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return full.detach().cpu() if keep else None
-
-    return tree_map_only(torch.Tensor, whole, state)
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """`module.state_dict()` without the second names of weights that have several: a tied head's."""
+    first = {name for name, _ in module.named_parameters()}
+    second = {name for name, _ in module.named_parameters(remove_duplicate=False)} - first
+    return {name: value for name, value in module.state_dict().items() if name not in second}
 
 
-def load_whole(module: nn.Module, state: Mapping[str, Tensor], strict: bool = True) -> None:
-    """`module.load_state_dict` of whole tensors into parameters that may be spread over processes."""
+def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into weights that may be spread over processes; those not in `state` keep what they have."""
     current = module.state_dict()
-    placed = {name: place(value, current[name]) if name in current else value for name, value in state.items()}
-    module.load_state_dict(placed, strict=strict)
-
-
-def load_whole_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict` of whole tensors; those that are as large as their parameter lie as it does."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-    def placed(index: int, value: Any) -> Any:
-        parameter = parameters[index]
-        spread = isinstance(value, Tensor) and value.shape == parameter.shape
-        return place(value, parameter) if spread else value
-
-    per_parameter = {
-        index: {name: placed(index, value) for name, value in values.items()}
-        for index, values in state["state"].items()
-    }
-    optimizer.load_state_dict({"state": per_parameter, "param_groups": state["param_groups"]})
+    module.load_state_dict({name: place(value, current[name]) for name, value in state.items()}, strict=False)

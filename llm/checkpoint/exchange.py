@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from llm.checkpoint import huggingface, store
+from llm.checkpoint.distribute import weights_of
 from llm.checkpoint.load import PREFIX, stored
 from llm.checkpoint.store import CheckpointError
 from llm.model import Transformer, TransformerConfig
@@ -38,8 +39,8 @@ def import_folder(folder: str | Path, out: str | Path) -> tuple[list[str], list[
         if tokenizer is not None:
             attachments.append(Path(scratch) / "tokenizer")
             tokenizer.save(attachments[1])
-        state = {f"{PREFIX}{name}": weight for name, weight in model.state_dict().items()}
-        store.write(out, {"state_dict": state}, attachments)
+        tensors = {f"{PREFIX}{name}": weight for name, weight in weights_of(model).items()}
+        store.save(out, tensors, {}, attachments)
     return found.anew, found.unused
 
 

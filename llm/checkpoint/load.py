@@ -10,9 +10,9 @@ import yaml
 from torch import Tensor, nn
 
 from llm.checkpoint import huggingface
-from llm.checkpoint.distribute import load_whole
+from llm.checkpoint.distribute import load_whole, weights_of
 from llm.checkpoint.huggingface.settings import meaning
-from llm.checkpoint.store import CheckpointError, find, read
+from llm.checkpoint.store import CheckpointError, find, read_tensors
 from llm.model import Transformer, TransformerConfig, config_from
 from llm.tokenizer import Tokenizer
 
@@ -52,7 +52,8 @@ def load(path: str | Path) -> tuple[Transformer, Tokenizer]:
 def stored(step: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     """The configuration and the weights of the network in a step directory."""
     node = yaml.safe_load((step / "config.yaml").read_text())["model"]
-    return config_from(node), _weights(step)
+    config, state = config_from(node), _weights(step)
+    return config, state | ({"head.weight": state["embed.weight"]} if config.tie_embeddings else {})
 
 
 def weights_at(path: str | Path) -> Path:
@@ -138,14 +139,15 @@ def disagreements(model: Any, weights: TransformerConfig) -> list[str]:
 
 
 def _weights(step: Path) -> dict[str, Tensor]:
-    state = read(step)["state_dict"]
-    return {name.removeprefix(PREFIX): weight for name, weight in state.items() if name.startswith(PREFIX)}
+    return {name.removeprefix(PREFIX): weight for name, weight in read_tensors(step, PREFIX).items()}
 
 
 def _fill(
     model: nn.Module, saved: dict[str, Tensor], where: str, *, heads: bool = False, unused: list[str] | None = None
 ) -> list[str]:
-    wanted = model.state_dict()
+    wanted = weights_of(model)
+    tied = model.state_dict().keys() - wanted.keys()
+    saved = {name: weight for name, weight in saved.items() if name not in tied}
     from_encoder = _is(wanted, "encoder.") and _is(wanted, "decoder.") and not _is(saved, "decoder.")
     may_start_anew = (*(huggingface.HEADS if heads or from_encoder else ()), *(("decoder.",) if from_encoder else ()))
     anew = [name for name in wanted if name not in saved and name.startswith(may_start_anew or ("\0",))]
@@ -157,7 +159,7 @@ def _fill(
             f"{where}: its weights do not fit this model - give the model that it was trained as\n"
             + "\n".join(f"  {mistake}" for mistake in mistakes)
         )
-    load_whole(model, {name: weight for name, weight in saved.items() if name not in spare}, strict=not anew)
+    load_whole(model, {name: weight for name, weight in saved.items() if name not in spare})
     if anew:
         log.warning("%s: not in it, so they start anew: %s", where, ", ".join(anew))
     if spare or unused:

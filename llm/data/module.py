@@ -142,6 +142,19 @@ class TextData(LightningDataModule):
         return _Prepared(tokenizer, train, val)
 
     @property
+    def n_rows(self) -> dict[str, int]:
+        """Rows to train on of each source and task, in the order in which they number their rows."""
+        return {f"{part.source}/{part.task}": len(rows) for part, rows in self._prepared.train.items()}
+
+    def texts_of(self, sample: int) -> tuple[str, list[str]]:
+        """Where a row to train on is from, and its pieces of text (of pairs, the first parts)."""
+        for name, rows in zip(self.n_rows, self._prepared.train.values(), strict=True):
+            if sample < len(rows):
+                return name, [self.tokenizer.decode(tokens) for tokens in rows.pieces(sample)]
+            sample -= len(rows)
+        raise DataError(f"sample {sample} is beyond the last row: the data is not that of the run")
+
+    @property
     def task_names(self) -> list[str]:
         """What the numbers in a batch's `tasks` stand for."""
         return list(self.tasks)
@@ -223,12 +236,11 @@ class TextData(LightningDataModule):
     def order(self) -> Order:
         """Weights count tokens, so a source whose rows are less full gets more rows."""
         train = self._prepared.train
-        n_rows = tuple(len(rows) for rows in train.values())
         shares = tuple(
             self.sources[part.source].weight * self.tasks[part.task].weight * len(rows) / rows.rows_cache.meta["inputs"]
             for part, rows in train.items()
         )
-        return Order(n_rows, shares, self.batch_size, self.seed)
+        return Order(tuple(self.n_rows.values()), shares, self.batch_size, self.seed)
 
     @property
     def tokens_per_step(self) -> float:

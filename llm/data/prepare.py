@@ -114,6 +114,12 @@ class Rows:
     def has_pairs(self) -> bool:
         return self.rows_cache.meta["pairs"] > 0
 
+    def pieces(self, row: int) -> Iterator[np.ndarray]:
+        """The tokens of each piece of text in a row, as stored."""
+        first = int(self.ends[row - 1]) if row else 0
+        for piece in range(first, int(self.ends[row])):
+            yield self.tokens[self.starts[piece] : self.starts[piece] + self.lengths[piece]]
+
     def documents(self) -> Iterator[np.ndarray]:
         """The tokens of each document of this split, without the ends of text around them."""
         bounds = _map(self.tokens_cache, "documents.bin", "int64")

@@ -83,6 +83,7 @@ class Objective(L.LightningModule):
         self.init_from = init_from
         self.model: Transformer | None = None
         self.n_batches = 0  # batches consumed: where the data goes on after a restart
+        self.step_loss: tuple[Tensor, Tensor]  # sum and count of the last step, of this process
         self.train_totals = Totals()
         self.val_totals = Totals()
         self.label_counts: Tensor | None = None  # int64 [V], of the labels validated so far
@@ -166,6 +167,7 @@ class Objective(L.LightningModule):
         # At once, not before the next backward: the old gradients would live through the next forward.
         optimizer.zero_grad(set_to_none=not getattr(self.trainer.strategy, "keeps_gradients", False))
         self.n_batches = batch.index + 1
+        self.step_loss = sums["loss"]
         sides = [m[side] for m in batch.micro_batches for side in ("documents", "source_documents") if side in m]
         n_tokens = torch.stack([(documents > 0).sum() for documents in sides]).sum()  # 0 marks padding
         one = torch.ones_like(norm)

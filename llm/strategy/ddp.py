@@ -12,11 +12,11 @@ from llm.launch import place
 from llm.model import TransformerConfig
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of
-from llm.strategy.checkpoint_io import DirectoryIO
 from llm.strategy.process_group import join_process_group, seed_dropout
+from llm.strategy.stored import Stored
 
 
-class DDP(DDPStrategy):
+class DDP(Stored, DDPStrategy):
     """Distributed data parallel (Li et al. 2020, arXiv:2006.15704): gradients are averaged, once a step.
 
     Args:
@@ -36,7 +36,7 @@ class DDP(DDPStrategy):
         compile: bool = False,
     ) -> None:
         # The gradients are views into what is sent, so there is one copy of them and not two.
-        super().__init__(checkpoint_io=DirectoryIO(), gradient_as_bucket_view=True)
+        super().__init__(gradient_as_bucket_view=True)
         self.timeout_s = timeout_s
         self.checkpointing = checkpointing
         self.compile = compile

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from functools import partial
 from typing import Annotated, Any
 
@@ -15,23 +15,21 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.optim import Optimizer
 
 from llm import reduce
-from llm.checkpoint import gather, load_whole, load_whole_optimizer
 from llm.launch import place
 from llm.model import Transformer, TransformerConfig
 from llm.strategy import tensor_parallel
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of
-from llm.strategy.checkpoint_io import DirectoryIO
 from llm.strategy.materialise import materialise
 from llm.strategy.process_group import join_process_group, seed_dropout, set_timeout
+from llm.strategy.stored import Stored
 
 _AXES = ("replicate", "shard", "tensor")
 
 
-class FSDP(ModelParallelStrategy):
+class FSDP(Stored, ModelParallelStrategy):
     """Fully sharded data parallel (Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277) by
     torch's fully_shard, with replicas of the shards (HSDP) and tensor parallelism as further axes of the mesh.
 
@@ -61,7 +59,6 @@ class FSDP(ModelParallelStrategy):
         compile: bool = False,
     ) -> None:
         super().__init__()
-        self.checkpoint_io = DirectoryIO()
         self.replicate_size = replicate_size
         self.tensor_parallel_size = tensor_parallel_size
         self.reshard_after_forward = reshard_after_forward
@@ -168,28 +165,3 @@ class FSDP(ModelParallelStrategy):
             yield
         finally:
             network.set_requires_gradient_sync(True)
-
-    # Checkpoints: whole on rank 0, the same as of one process, so that any strategy can go on from them
-
-    lightning_restore_optimizer = True
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.lightning_module is not None
-        return gather(self.lightning_module.state_dict(), keep=self.is_global_zero)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return gather(optimizer.state_dict(), keep=self.is_global_zero)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        assert self.lightning_module is not None
-        load_whole(self.lightning_module, checkpoint["state_dict"], strict)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            load_whole_optimizer(optimizer, state)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)

@@ -10,10 +10,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from llm.model import TransformerConfig
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of
-from llm.strategy.checkpoint_io import DirectoryIO
+from llm.strategy.stored import Stored
 
 
-class Single(SingleDeviceStrategy):
+class Single(Stored, SingleDeviceStrategy):
     """One GPU or the CPU; checkpoints go through our store.
 
     Args:
@@ -29,7 +29,7 @@ class Single(SingleDeviceStrategy):
         checkpointing: Checkpointing = "none",
         compile: bool = False,
     ) -> None:
-        super().__init__(device="cpu" if accelerator == "cpu" else "cuda:0", checkpoint_io=DirectoryIO())
+        super().__init__(device="cpu" if accelerator == "cpu" else "cuda:0")
         self.checkpointing = checkpointing
         self.compile = compile
 

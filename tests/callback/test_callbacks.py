@@ -14,9 +14,9 @@ from llm.callback import PreemptedError
 from llm.callback.plot import plot_run
 from llm.callback.record import Record, Row
 from llm.callback.summary import _print as print_summary
-from llm.checkpoint import newest, read
+from llm.checkpoint import newest
 from llm.run import run
-from tests.runs import Compose
+from tests.runs import Compose, saved
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_no_callback_changes_the_curve(
     compose_run: Compose, tmp_path: Path, reference: dict[str, torch.Tensor], removed: str
 ) -> None:
     run(compose_run(*([f"~callback.{removed}"] if removed else []), "trainer.max_steps=5"))
-    weights = read(newest(tmp_path / "run"))["state_dict"]
+    weights = saved(tmp_path / "run")["state_dict"]
     if not reference:
         reference.update(weights)
     torch.testing.assert_close(weights, reference, rtol=0, atol=0)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llm.checkpoint import CheckpointError, export_folder, huggingface, import_folder, load_into, read
+from llm.checkpoint import CheckpointError, export_folder, huggingface, import_folder, load_into, read_tensors
 from llm.checkpoint.load import stored
 from llm.model import Source, Transformer, TransformerConfig
 
@@ -222,7 +222,7 @@ def test_import_export_and_heads_that_start_anew(tmp_path: Path) -> None:
         import_folder(tmp_path / "theirs", tmp_path / "step")
     export_folder(tmp_path / "step", tmp_path / "out")
     assert_same(transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "out"), ours(tmp_path / "theirs"))
-    assert all(name.startswith("model.") for name in read(tmp_path / "step")["state_dict"])
+    assert all(name.startswith("model.") for name in read_tensors(tmp_path / "step"))
     config, _ = stored(tmp_path / "step")
     anew = load_into(Transformer(config), tmp_path / "body")
     assert {name.partition(".")[0] for name in anew} == {"transform", "head", "next_sentence"}

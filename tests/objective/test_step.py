@@ -14,11 +14,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm.callback.record import Record
-from llm.checkpoint import newest, read
 from llm.model import Transformer
 from llm.objective.loss import Loss, cross_entropy, n_labels
 from llm.run import build, run
-from tests.runs import Compose
+from tests.runs import Compose, saved
 
 
 class HostReads(TorchDispatchMode):
@@ -87,7 +86,7 @@ def test_micro_batch_split_changes_nothing(compose_run: Compose, tmp_path: Path)
     assert len(whole) == 20
     for size in (1, 2):
         assert losses(tmp_path / str(size)) == pytest.approx(whole, abs=1e-5)
-        parts, one = (read(newest(tmp_path / name))["state_dict"] for name in (str(size), "8"))
+        parts, one = (saved(tmp_path / name)["state_dict"] for name in (str(size), "8"))
         torch.testing.assert_close(parts, one, rtol=0, atol=1e-4)
 
 

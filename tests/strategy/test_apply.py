@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
-from llm.checkpoint import gather
 from llm.model import Source, Transformer, TransformerConfig
 from llm.model.mask import Places, self_mask
 from llm.strategy import FSDP
@@ -115,9 +115,13 @@ def drawn_on_mesh(name: str, n_replicas: int, n_shards: int, n_tensor: int, comp
     apply(network, tensor_mesh=mesh["tensor"] if n_tensor > 1 else None, compile=compile, shard=shard)
     torch.manual_seed(0)
     materialise(network, torch.device("cpu"))
-    weights = gather(network.state_dict(), keep=True)
+    weights = whole(network.state_dict())
     assert network.head.weight is network.embed.weight or not NETWORKS[name].tie_embeddings
-    return {**weights, **{f"{name}.grad": g for name, g in gather(gradients(network), keep=True).items()}}
+    return {**weights, **{f"{name}.grad": g for name, g in whole(gradients(network)).items()}}
+
+
+def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 1, 2), (2, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2)], ids=str)
@@ -257,7 +261,7 @@ def test_blocks_compile_whole_and_once(
             fully_shard(network, mesh=mesh, reshard_after_forward=False)
 
         apply(network, checkpointing=checkpointing, compile=True, shard=shard if sharded else None)
-        got = gather(gradients(network), keep=True)
+        got = whole(gradients(network))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         assert counters["stats"]["unique_graphs"] == 1
         assert not counters["graph_break"]

@@ -13,12 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
 
 from llm.agree import agree_with_first
-from llm.checkpoint import newest, read
 from llm.config import ConfigError
 from llm.launch import Place
 from llm.run import run
 from tests.ranks import run_on_ranks
-from tests.runs import Compose, run_composed
+from tests.runs import Compose, run_composed, saved
 
 FSDP_TP = ["strategy=fsdp", "strategy.tensor_parallel_size=2"]
 
@@ -80,7 +79,7 @@ def test_no_callback_changes_the_curve(
     without = [f"~callback.{removed}"] if removed else []
     arguments = [*places, "strategy=fsdp", "trainer.devices=2", "trainer.max_steps=5", f"run_dir={tmp_path}", *without]
     run_on_ranks(run_composed, 2, arguments)
-    weights = read(newest(tmp_path))["state_dict"]
+    weights = saved(tmp_path)["state_dict"]
     with_all.setdefault("weights", weights)
     torch.testing.assert_close(weights, with_all["weights"], rtol=0, atol=0)
 
@@ -90,8 +89,9 @@ def test_only_rank_0_writes(places: list[str], tmp_path: Path) -> None:
     arguments = [*places, "strategy=ddp", "trainer.devices=2", "logger=default", f"run_dir={tmp_path / 'run'}"]
     run_on_ranks(run_composed, 2, arguments)
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
-    everything = "checkpoints config.yaml exit.json loss.png metrics.csv metrics.jsonl samples.txt summary.json"
-    assert " ".join(files) == f"{everything} tensorboard tokenizer wandb"
+    files.remove(".lock")
+    everything = "checkpoints config.yaml exit.json ledger.jsonl loss.png metrics.csv metrics.jsonl samples.txt"
+    assert " ".join(files) == f"{everything} summary.json tensorboard tokenizer wandb"
     assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [2, 3, 4, 6, 6]
