@@ -25,7 +25,7 @@ MODEL = [
     *("model=bert_base", "model.family=encoder_decoder", "model.next_sentence=false", "model.dropout=0.0"),
     *("model.dim=384", "model.ffn_dim=1536", "model.n_layers=6", "+model.n_decoder_layers=2"),
 ]
-TRAINING = ["experiment=t5_pretrain", "optimizer.lr=2e-3", "model.tie_embeddings=false"]
+TRAINING = ["experiment=t5_pretrain", "optimizer.lr=1e-3", "model.tie_embeddings=false"]
 PROMPTS = "callback.sample.prompts=['it was a <extra_id_0>, and i']"
 
 

@@ -150,16 +150,18 @@ def _fill(
     saved = {name: weight for name, weight in saved.items() if name not in tied}
     from_encoder = _is(wanted, "encoder.") and _is(wanted, "decoder.") and not _is(saved, "decoder.")
     may_start_anew = (*(huggingface.HEADS if heads or from_encoder else ()), *(("decoder.",) if from_encoder else ()))
+    spare = [name for name in saved if name.startswith(huggingface.HEADS)] if heads or from_encoder else []
+    # An encoder's head scores what its transform makes of hidden states: the decoder's is another one.
+    spare = spare if from_encoder else [name for name in spare if name not in wanted]
+    saved = {name: weight for name, weight in saved.items() if name not in spare}
     anew = [name for name in wanted if name not in saved and name.startswith(may_start_anew or ("\0",))]
-    spare = [name for name in saved if name not in wanted and name.startswith(huggingface.HEADS)]
-    spare = spare if heads or from_encoder else []
-    mistakes = _differences(wanted, saved, {*anew, *spare})
+    mistakes = _differences(wanted, saved, {*anew})
     if mistakes:
         raise CheckpointError(
             f"{where}: its weights do not fit this model - give the model that it was trained as\n"
             + "\n".join(f"  {mistake}" for mistake in mistakes)
         )
-    load_whole(model, {name: weight for name, weight in saved.items() if name not in spare})
+    load_whole(model, saved)
     if anew:
         log.warning("%s: not in it, so they start anew: %s", where, ", ".join(anew))
     if spare or unused:

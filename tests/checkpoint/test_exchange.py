@@ -178,13 +178,16 @@ def test_a_table_that_is_no_sines_is_refused(tmp_path: Path) -> None:
         huggingface.read(tmp_path)
 
 
-def test_an_encoder_begins_an_encoder_decoder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_encoder_begins_an_encoder_decoder(tmp_path: Path, tied: bool) -> None:
     saved("BertForPreTraining", "BertConfig", tmp_path, **SMALL)
     config = huggingface.read(tmp_path).config
-    both = Transformer(TransformerConfig(**{**config.__dict__, "family": "encoder_decoder", "next_sentence": False}))
+    changes = {"family": "encoder_decoder", "next_sentence": False, "tie_embeddings": tied}
+    both = Transformer(TransformerConfig(**{**config.__dict__, **changes}))
     before = {name: weight.clone() for name, weight in both.state_dict().items()}
     anew = load_into(both, tmp_path)
-    assert {name.partition(".")[0] for name in anew} == {"decoder"}
+    assert {name.partition(".")[0] for name in anew} == {"decoder", "head"}
+    assert ("head.weight" in anew) != tied
     encoder = Transformer(config).eval()
     load_into(encoder, tmp_path)
     for name, weight in both.state_dict().items():
