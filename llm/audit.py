@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import yaml
 from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from llm import ledger
 from llm.checkpoint import read_state, steps
+from llm.config import check as check_configuration
 from llm.data import DataError, TextData
 from llm.ledger import Account
 
@@ -84,8 +85,13 @@ def _account(run_dir: str | Path) -> Account:
 
 
 def _data_of(run_dir: str | Path) -> TextData:
-    """The data of the run's configuration, prepared."""
-    data = instantiate(yaml.safe_load((Path(run_dir) / "config.yaml").read_text())["data"], _convert_="all")
+    """The data of the run's configuration, prepared. The file may come from anywhere: it is checked first."""
+    cfg = OmegaConf.load(Path(run_dir) / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    for again in ("callbacks", "logger"):  # resolved, their groups stand here a second time
+        cfg.trainer.pop(again)
+    check_configuration(cfg)
+    data = instantiate(cfg.data, _convert_="all")
     data.prepare()
     return data
 

@@ -14,6 +14,7 @@ from llm import ledger
 from llm.__main__ import main
 from llm.audit import check, show_step, show_window
 from llm.callback import PreemptedError
+from llm.config import ConfigError
 from llm.data import DataError
 from llm.run import run
 from tests.ranks import run_on_ranks
@@ -185,3 +186,14 @@ def test_stopped_and_resumed_it_is_sound(compose_run: Compose, tmp_path: Path) -
     report, sound = check(tmp_path / "run")
     assert sound, report
     assert "2 starts, on 1, 1 processes; 0 steps done again" in report
+
+
+def test_the_stored_configuration_names_nothing_but_what_may_be_called(whole: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    file, canary = copy / "config.yaml", tmp_path / "canary"
+    text = file.read_text().replace("_target_: llm.data.TextData", f"_target_: pathlib.Path\n  x: {canary}")
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"pathlib\.Path"):
+        show_step(copy, 4)
+    assert not canary.exists()
