@@ -1,5 +1,10 @@
 """Train a language model: `python train.py [group=choice] [key=value] …`; see README.md."""
 
+from llm.signals import listen, raise_at_once
+
+if __name__ == "__main__":
+    listen()  # before the imports: they take a while, and who is told meanwhile leaves as well as later
+
 import os
 import sys
 from pathlib import Path
@@ -21,6 +26,7 @@ def main(cfg: DictConfig) -> None:
     with guarded():
         n_ranks, n_nodes = ranks_to_start(cfg, place()), cfg.trainer.num_nodes
         if n_ranks > 0:
+            raise_at_once()  # nothing has been started; afterwards ranks are told
             run_id = job_run_id() if NAMED or n_nodes == 1 else None
             code = launch(job_command(), n_ranks, run_dir=cfg.run_dir, n_nodes=n_nodes, run_id=run_id)
             if code != 0:

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 FINISHED, STOPPED_EARLY = "finished", "stopped early"
 _FILE = "exit.json"
@@ -68,19 +68,19 @@ def as_rank(rank: int, n_ranks: int, *, watched: bool = False) -> None:
 
 def exit_code(error: BaseException) -> int:
     """The exit code that tells a batch script what happened."""
-    if isinstance(error, SystemExit) and not _interrupted(error):
+    if _leaving(error):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if isinstance(error, KeyboardInterrupt | SystemExit):
-        return INTERRUPTED
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return INTERRUPTED
     if lost_contact(error):
         return LOST
     return STORAGE if isinstance(error, OSError) else BUG
 
 
-def _first_is_me() -> bool:
+def _first_is_me(code: int) -> bool:
     return True
 
 
@@ -89,22 +89,22 @@ def _nothing() -> None:
 
 
 @contextlib.contextmanager
-def guarded(first: Callable[[], bool] = _first_is_me, then: Callable[[], None] = _nothing) -> Iterator[None]:
+def guarded(first: Callable[[int], bool] = _first_is_me, then: Callable[[], None] = _nothing) -> Iterator[None]:
     """Run the body; leave the process with the exit code of what it raises, after one line on stderr, and `then`.
 
-    A bug prints its traceback. Among several ranks only that prints for which `first` is true.
+    A bug prints its traceback. Among several ranks only that prints for which `first`, of the exit code, is true.
     """
     try:
         yield
     except BaseException as error:
         code = exit_code(error)
         silent = False
-        if isinstance(error, SystemExit) and not _interrupted(error):
+        if _leaving(error):
             if _n_ranks == 1 or code == 0:
                 raise
             silent = not isinstance(error.code, str)
         try:
-            if not silent and _is_first(first):
+            if not silent and _is_first(first, code):
                 _say(error, code)
             then()
         finally:  # whatever happens while speaking, a second Ctrl-C or a closed pipe
@@ -189,9 +189,9 @@ def finished(run_dir: Path, max_steps: int) -> int | None:
     return end["step"] if enough >= max_steps else None
 
 
-def _is_first(first: Callable[[], bool]) -> bool:
+def _is_first(first: Callable[[int], bool], code: int) -> bool:
     try:
-        return first()
+        return first(code)
     except Exception:  # who cannot ask the others must speak
         return True
 
@@ -246,6 +246,11 @@ def _origin(error: BaseException) -> BaseException:
     """What was raised first: taking down a run whose peer is gone raises more."""
     before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error if before is None else _origin(before)
+
+
+def _leaving(error: BaseException) -> TypeGuard[SystemExit]:
+    """Whether somebody called sys.exit: no error, and nothing to be said of it."""
+    return isinstance(error, SystemExit) and not hasattr(error, "exit_code") and not _interrupted(error)
 
 
 def _interrupted(error: SystemExit) -> bool:

@@ -19,16 +19,19 @@ from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loops import _FitLoop
 from omegaconf import DictConfig, OmegaConf
 
+from llm import signals
 from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, vocab_size
-from llm.callback import PreemptedError
+from llm.callback import Preempt
 from llm.checkpoint import find, newest_verified, read_state, set_aside_damaged, sweep
 from llm.config import ConfigError, check, wandb_offline
 from llm.data import TextData
 from llm.exit import RunExistsError, as_rank, finished, guarded, recorded, write_end
 from llm.launch import place
 from llm.lock import Lock
+from llm.signals import PreemptedError
 from llm.strategy import Environment, Rendezvous, Stored, first_to_fail, leave, meet, see_off
 
 _log = logging.getLogger(__name__)
@@ -54,11 +57,13 @@ def run(cfg: DictConfig) -> Outcome:
         OSError: storage that cannot be written.
         PreemptedError: the run was told to stop, and saved.
     """
+    signals.begin()
     check(cfg)
     cfg = cfg.copy()
     _quiet()
     cfg.trainer.accelerator = _accelerator(cfg.trainer.accelerator)
     together = meet()
+    signals.raise_at_once()
     here = together.here
     as_rank(here.rank, here.world_size, watched=here.launcher == "launch")
     data: TextData = built(cfg.data)
@@ -68,8 +73,9 @@ def run(cfg: DictConfig) -> Outcome:
     agree_with_first(cfg, together.share("config", lambda: OmegaConf.to_container(cfg, resolve=True)))
     try:
         outcome = _validate(cfg, data, together) if cfg.stage == "validate" else _fit(cfg, data, together)
-    except PreemptedError:
-        leave()  # all of them have saved, and stop
+    except PreemptedError as told:
+        if told.together:
+            leave()
         raise
     leave()
     return outcome
@@ -143,11 +149,21 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
     )
+    trainer.fit_loop.__class__ = _ToTheEnd
     # Among several processes it broadcasts in every batch, and waits for the device, to learn of a SIGTERM.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     # Its handlers broadcast from inside the handler, and end a run that was told to go as if it were done.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer, built(cfg.objective)
+
+
+class _ToTheEnd(_FitLoop):
+    """A run that was interrupted when all its steps were made still has its end to come: the last validation, the
+    curves, the summary. Lightning would return at once."""
+
+    @property
+    def skip(self) -> bool:
+        return False
 
 
 def built(node: DictConfig, **arguments: Any) -> Any:
@@ -200,17 +216,28 @@ def _trained(cfg: DictConfig, data: TextData, together: Rendezvous, found: str |
         f"{run_dir}: {cfg.trainer.max_steps:,} steps of {data.tokens_per_step:,.0f} tokens, "
         f"{cfg.trainer.accelerator}{'' if world_size == 1 else f' x {world_size}'}, {cfg.trainer.precision}"
     )
-    with recorded(run_dir), together.naming_lost():
-        for logger in trainer.loggers:
-            logger.log_hyperparams(settings)
-        together.share("recording", lambda: True)  # rank 0 has taken the end of the last attempt away, and met W&B
-        _entered(trainer.fit, objective, datamodule=data, ckpt_path=found)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    asked = any(isinstance(callback, Preempt) for callback in callbacks)
+    with recorded(run_dir), signals.kept() if asked else signals.unheard():
+        with together.naming_lost():
+            for logger in trainer.loggers:
+                logger.log_hyperparams(settings)
+            together.all_here("recording")  # rank 0 has taken the end of the last attempt away; signals are kept
+            _entered(trainer.fit, objective, datamodule=data, ckpt_path=found)
+        if not trainer.is_global_zero:
+            signals.ignore()  # all is saved; whether the run has ended is now for the first to say
+        together.share("end", lambda: _end(trainer, run_dir))
+    signals.ignore()
+    return Outcome(run_dir, trainer.global_step, _metrics(trainer))
+
+
+def _end(trainer: L.Trainer, run_dir: Path) -> None:
+    """Nothing is left to be trained: what is left is to say so."""
+    signals.raise_at_once()
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()  # the next run of a sweep would go on writing into it
-    if trainer.is_global_zero:
-        write_end(run_dir, trainer.global_step, trainer.max_steps)
-    return Outcome(run_dir, trainer.global_step, _metrics(trainer))
+    write_end(run_dir, trainer.global_step, trainer.max_steps)
 
 
 def _continue_wandb(trainer: L.Trainer, run_id: str | None) -> None:

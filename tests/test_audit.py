@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from llm import ledger
 from llm.__main__ import main
 from llm.audit import check, show_step, show_window
-from llm.callback import PreemptedError
 from llm.config import ConfigError
 from llm.data import DataError
 from llm.run import run
+from llm.signals import PreemptedError
 from tests.ranks import run_on_ranks
 from tests.runs import Compose, run_composed
 

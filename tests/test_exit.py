@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from llm import exit
-from llm.callback import PreemptedError
 from llm.checkpoint import CheckpointError
 from llm.config import ConfigError
 from llm.data import DataError
@@ -30,6 +29,7 @@ from llm.exit import (
     version,
     write_end,
 )
+from llm.signals import PreemptedError
 
 ROOT = Path(__file__).parents[1]
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7001. GLHF!"
@@ -278,9 +278,9 @@ def test_a_rank_puts_its_name_before_each_line() -> None:
 
 def test_only_the_first_rank_speaks(capfd: pytest.CaptureFixture[str]) -> None:
     asked = []
-    with pytest.raises(SystemExit), guarded(lambda: bool(asked.append(1))):
+    with pytest.raises(SystemExit), guarded(lambda code: bool(asked.append(code))):
         raise ValueError("x")
-    assert (asked, capfd.readouterr().err) == ([1], "")
+    assert (asked, capfd.readouterr().err) == ([70], "")
 
     def unreachable() -> bool:
         raise RuntimeError(GLOO)

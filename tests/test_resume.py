@@ -13,22 +13,24 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llm.callback import PreemptedError
+from llm.checkpoint import newest
 from llm.run import run
+from llm.signals import PreemptedError
 from tests.runs import FAMILIES, Compose, saved
 
 
 class Signal(Callback):
-    """Sends this process a signal during step `step`, as a cluster would."""
+    """Sends this process a signal, as a cluster would, in a hook of Lightning's when `step` is the last step or the one
+    being made."""
 
-    def __init__(self, step: int, number: int = signal.SIGTERM) -> None:
-        self.step, self.number = step, number
+    def __init__(self, step: int, number: int = signal.SIGTERM, hook: str = "on_train_batch_start") -> None:
+        self.step = step - (hook == "on_train_batch_start")
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.step - 1:
-            os.kill(os.getpid(), self.number)
+        def tell(trainer: L.Trainer, *arguments: Any) -> None:
+            if trainer.global_step == self.step:
+                os.kill(os.getpid(), number)
+
+        setattr(self, hook, tell)
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
@@ -114,14 +116,38 @@ def test_wandb_sees_one_run(compose_run: Compose, tmp_path: Path) -> None:
     assert len({name.rpartition("-")[2] for name in folders}) == 1
 
 
-class EarlySignal(Callback):
-    """Sends this process SIGTERM when the network has just been built."""
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_who_is_told_before_the_first_step_saves_after_it(compose_run: Compose) -> None:
-    signalled = "+callback.signal={_target_: tests.test_resume.EarlySignal}"
-    with pytest.raises(PreemptedError, match=r"SIGTERM: saved .*step-00000001"):
-        run(compose_run(signalled, "packages=[tests]"))
+@pytest.mark.parametrize(
+    ("number", "hook", "step", "saved_step"),
+    [
+        (signal.SIGUSR2, "on_fit_start", 0, 1),  # before the first step: it is saved after it
+        (signal.SIGUSR1, "on_save_checkpoint", 2, 3),
+        (signal.SIGHUP, "on_validation_batch_start", 3, 3),
+        (signal.SIGUSR2, "on_validation_end", 6, 6),  # the last one: nothing is left to be trained
+        (signal.SIGTERM, "on_train_end", 6, 6),
+    ],
+)
+def test_told_at_any_moment_nothing_is_lost(
+    compose_run: Compose,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    whole_runs: dict[str, Path],
+    number: int,
+    hook: str,
+    step: int,
+    saved_step: int,
+) -> None:
+    """Not the end of the run either, which the next start makes up for: last validation, curves, summary."""
+    saving = "callback.checkpoint.every_n_train_steps=2"
+    if "saving" not in whole_runs:
+        whole_runs["saving"] = tmp_path_factory.mktemp("saving")
+        run(compose_run(saving, f"run_dir={whole_runs['saving']}"))
+    told = f"{{_target_: tests.test_resume.Signal, step: {step}, number: {int(number)}, hook: {hook}}}"
+    with pytest.raises(PreemptedError, match=rf"{signal.Signals(number).name}: .*saved"):
+        run(compose_run(saving, f"+callback.signal={told}", "packages=[tests]"))
+    assert newest(tmp_path / "run") == tmp_path / f"run/checkpoints/step-0000000{saved_step}"
+    run(compose_run(saving))
+    assert_same_state(whole_runs["saving"], tmp_path / "run")
+    assert rows(whole_runs["saving"]) == rows(tmp_path / "run")
+    for name in ("summary.json", "loss.png", "metrics.csv", "samples.txt"):
+        assert (tmp_path / "run" / name).exists()
+    assert (tmp_path / "run/samples.txt").read_text() == (whole_runs["saving"] / "samples.txt").read_text()

@@ -287,6 +287,25 @@ def test_a_signal_to_the_whole_group_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.timeout(240)
+def test_a_launcher_that_is_told_while_the_data_is_prepared(corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """All leave with 75, and nothing was lost, as there is nothing; the same command begins."""
+    places = (*SMOKE, "data=files", f"data.path={corpus}", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path}/run")
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(ROOT / "train.py"), *places, "strategy=ddp", "trainer.devices=2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    next(line for line in process.stdout if "preparing the data" in line)
+    process.send_signal(signal.SIGUSR2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert "SIGUSR2: nothing is left to be saved" in err
+
+
+@pytest.mark.timeout(240)
 def test_a_sweep_makes_a_run_for_each_value(corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
     places = (*SMOKE, "data=files", f"data.path={corpus}", f"data.cache_dir={cache_dir}")
     done = train("-m", *places, "optimizer.lr=1e-3,2e-3", cwd=tmp_path, LLM_RUN_ID="sweep")

@@ -92,10 +92,16 @@ class Trials:
                 sizes = {"WORLD_SIZE": self.n_ranks, "LOCAL_WORLD_SIZE": self.n_ranks}
                 place = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **sizes}
                 os.environ |= {name: str(value) for name, value in place.items()}
-            run_composed(self.settings(run_dir))
+            self.run(run_dir)
             code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
         finally:
             os._exit(code)
+
+    def run(self, run_dir: Path) -> None:
+        """What each process does."""
+        run_composed(self.settings(run_dir))
 
     def kill(self, children: list[int], run_dir: Path, *, in_save: bool) -> None:
         """After a random while, or a moment after a save began: all processes, or one of them."""

@@ -4,7 +4,7 @@ from llm.callback.checkpoint import Checkpoint
 from llm.callback.due_validation import DueValidation
 from llm.callback.ledger import Ledger
 from llm.callback.metrics import Metrics
-from llm.callback.preempt import Preempt, PreemptedError
+from llm.callback.preempt import Preempt
 from llm.callback.progress import Progress
 from llm.callback.sample import Sample
 from llm.callback.summary import Summary
@@ -15,7 +15,6 @@ __all__ = [
     "Ledger",
     "Metrics",
     "Preempt",
-    "PreemptedError",
     "Progress",
     "Sample",
     "Summary",

@@ -19,7 +19,8 @@ class DueValidation(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The checkpoint of a step is taken before its validation; after a restart that one is still due."""
         interval, step = trainer.val_check_batch, trainer.global_step
-        if interval and step % interval == 0 and self._validated_step != step:
+        due = step == trainer.max_steps or (interval and step % interval == 0)
+        if due and self._validated_step != step:
             if trainer.is_global_zero:
                 Record.of(trainer).forget_validation(step)
             _validate(trainer)

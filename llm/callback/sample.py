@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -52,9 +54,23 @@ class Sample(Callback):
         self.texts: list[str] = []  # the newest samples, prompts included
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A run that starts anew forgets what an earlier attempt in its directory wrote."""
-        if trainer.is_global_zero and trainer.global_step == 0:
-            _file(trainer).write_text("")
+        """Forget what an earlier attempt wrote after the checkpoint that the run goes on from: it comes again."""
+        file = _file(trainer)
+        if not trainer.is_global_zero or not file.exists():
+            return
+        samples = re.split(r"^(?===== step \d+, sample \d+ ====$)", file.read_text(), flags=re.MULTILINE)
+        kept = [text for text in samples[1:] if int(text.split(maxsplit=3)[2].rstrip(",")) <= self._sampled_step]
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, file)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step of the newest samples."""
+        return {"sampled_step": self._sampled_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The other half of `state_dict`."""
+        self._sampled_step = state_dict["sampled_step"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Sample, and add to the file."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from llm.data.source import DataError, Files, Source, digest
 from llm.data.steps import From, TrainSteps, ValSteps
 from llm.data.task import Masking, NextToken, Task, Widths
 from llm.launch import die_with_parent
+from llm.signals import deaf
 from llm.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -384,8 +384,7 @@ def _leave_signals_to_the_run(worker: int) -> None:
     But it dies with its process, whose connections it has inherited: other ranks would take those for alive.
     """
     die_with_parent()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    deaf()
 
 
 def _too_few(name: str, n_documents: int, val_every: int) -> str:

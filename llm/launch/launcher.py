@@ -22,8 +22,9 @@ from llm.config.mistake import ConfigError, line
 from llm.exit import forget, record, version
 from llm.launch.place import LAUNCHER, STORE_FD
 from llm.launch.verdict import Ended, Verdict, judge
+from llm.signals import TOLD
 
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+FORWARDED = (signal.SIGINT, *TOLD, signal.SIGQUIT)
 GRACE_S = 8.0  # a rank that lost contact says so within one; the job shall have ended within ten
 _PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 
@@ -49,7 +50,8 @@ def launch(
 ) -> int:
     """Run `command` as `n_local` ranks of one job and give the exit code of the job, having said why on stderr.
 
-    Signals are passed on to the ranks. Once one has ended before its time, the others have `grace_s` to do so. Only
+    Signals are passed on to the ranks, which have to call `signals.listen`: those that ask a run to go are held back
+    until then. Once one has ended before its time, the others have `grace_s` to do so. Only
     the main thread can do this.
 
     Args:
@@ -111,13 +113,18 @@ class _Ranks:
         terminal, as a debugger does."""
         rank = int(environment["RANK"])
         try:
-            process = subprocess.Popen(
-                command,
-                env=environment,
-                start_new_session=True,
-                pass_fds=() if store is None else (store.fileno(),),
-                stdin=None if rank == 0 else subprocess.DEVNULL,
-            )
+            # A signal that comes before the rank can deal with it waits until it can: `signals.listen`.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, TOLD)
+            try:
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    start_new_session=True,
+                    pass_fds=() if store is None else (store.fileno(),),
+                    stdin=None if rank == 0 else subprocess.DEVNULL,
+                )
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         except OSError as error:
             raise OSError(error.errno, f"rank {rank} could not be started: {error.strerror}: {command[0]}") from error
         self.processes[rank] = self.living[rank] = process

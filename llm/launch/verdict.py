@@ -11,7 +11,7 @@ from llm.exit import BUG, INTERRUPTED, LOST
 # A rank that leaves with one of these has said why: configuration, data, the run exists, storage, told to go and
 # saved, lost contact, refused for safety, diverged, Ctrl-C.
 _SAID = {64, 65, 73, 74, 75, LOST, 77, 79, INTERRUPTED}
-_TOLD_TO_GO = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_TOLD_TO_GO = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _HINTS: dict[int, str] = {
     signal.SIGKILL: (
         ", as the kernel does when memory runs out (look with `dmesg | grep -i 'out of memory'`, "

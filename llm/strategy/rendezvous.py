@@ -19,8 +19,9 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from llm.config import ConfigError, run_id
-from llm.exit import LostPeerError, lost_contact, lost_words
+from llm.exit import LOST, LostPeerError, lost_contact, lost_words
 from llm.launch import Place, place
+from llm.signals import SAVED
 
 ARRIVAL_S = 60.0  # how long ranks wait for the last of them, all having been started at once
 _POLL_S = 0.1
@@ -85,6 +86,12 @@ class Rendezvous:
             self.store.set(f"{name}/{self.here.node_rank}", "")
         self._await([f"{name}/{self.here.node_rank}"])
         # For all nodes: one whose cache is cold needs longer than a process group waits for its last member.
+        self.all_here(name)
+
+    def all_here(self, name: str) -> None:
+        """Return when every rank has come to here, however long it takes."""
+        if self.store is None:
+            return
         self.store.add(f"{name}/ready", 1)
         if self.here.rank == 0:
             while self.store.add(f"{name}/ready", 0) < self.here.world_size:
@@ -92,15 +99,16 @@ class Rendezvous:
             self.store.set(f"{name}/all", "")
         self._await([f"{name}/all"])
 
-    def first_to_fail(self) -> bool:
-        """Tell the others that this rank fails; whether it is the first to, whose message is the one to read."""
+    def first_to_fail(self, code: int) -> bool:
+        """Tell the others that this rank fails, and with which exit code; whether it is the first to, whose message is
+        the one to read."""
         if self.store is None or self.left:
             return self.here.rank == 0  # who left together has one reason
-        mine = str(self.here.rank)
+        mine = json.dumps([self.here.rank, code])
         try:
             self.store.set_timeout(datetime.timedelta(seconds=_FAILURE_S))
             first = self.store.compare_set("failed", "", mine).decode() == mine
-            self.store.set(f"left/{mine}", "")
+            self.store.set(f"left/{self.here.rank}", "")
         except RuntimeError:  # the host has left, so it failed before this rank; but it may not have said why
             return True
         return first
@@ -120,10 +128,12 @@ class Rendezvous:
             # torchrun and srun now end everybody: not before this rank has said and written down which one was lost.
             with contextlib.suppress(ValueError):  # outside the main thread
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            raise LostPeerError(lost_words(error, f"rank {self._gone()}")) from error
+            gone, code = self._gone()
+            raise _lost(lost_words(error, f"rank {gone}"), code) from error
 
-    def _gone(self) -> str:
-        """The rank that failed, or those that do not say within a moment that they have lost one too."""
+    def _gone(self) -> tuple[str, int]:
+        """The rank that failed, or those that do not say within a moment that they have lost one too; and with which
+        exit code, if it said."""
         assert self.store is not None
         silent = set(range(self.here.world_size)) - {self.here.rank}
         deadline = time.monotonic() + _SILENCE_S
@@ -134,11 +144,18 @@ class Rendezvous:
                 silent -= {rank for rank in silent if self.store.check([f"lost/{rank}"])}
                 time.sleep(_POLL_S)
             if self.store.check(["failed"]):
-                return self.store.get("failed").decode()
+                rank, code = self._failed()
+                return str(rank), code
         except RuntimeError:  # the host is gone, or has waited as long as this rank and has left
             if len(silent) == self.here.world_size - 1:
-                return "0"
-        return ", ".join(map(str, sorted(silent))) or "another"
+                return "0", LOST
+        return ", ".join(map(str, sorted(silent))) or "another", LOST
+
+    def _failed(self) -> tuple[int, int]:
+        """Who has failed first, and with which exit code."""
+        assert self.store is not None
+        rank, code = json.loads(self.store.get("failed"))
+        return rank, code
 
     def see_off(self) -> None:
         """The host of the store stays until the others know that it failed, who could only say that it is gone.
@@ -174,8 +191,16 @@ class Rendezvous:
     def _pause(self) -> None:
         assert self.store is not None
         if self.store.check(["failed"]):
-            raise LostPeerError(f"rank {self.store.get('failed').decode()} failed")
+            rank, code = self._failed()
+            raise _lost(f"rank {rank} {'was told to go' if code == SAVED else 'failed'}", code)
         time.sleep(_POLL_S)
+
+
+def _lost(text: str, code: int) -> LostPeerError:
+    """Who leaves because another was told to go was told so, too: nothing is lost."""
+    error = LostPeerError(text)
+    error.exit_code = SAVED if code == SAVED else LOST
+    return error
 
 
 _connection: tuple[Place, dist.Store] | None = None
@@ -204,9 +229,9 @@ def current() -> Rendezvous:
     return _current or Rendezvous(place(), None)
 
 
-def first_to_fail() -> bool:
+def first_to_fail(code: int) -> bool:
     """Whether the error that ends this process is the one to show, of those that end the others as well."""
-    return place().rank == 0 if _current is None else _current.first_to_fail()
+    return place().rank == 0 if _current is None else _current.first_to_fail(code)
 
 
 def see_off() -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm.callback import PreemptedError
 from llm.callback.plot import plot_run
 from llm.callback.record import Record, Row
 from llm.callback.summary import _print as print_summary
 from llm.checkpoint import newest
 from llm.run import run
+from llm.signals import PreemptedError
 from tests.runs import Compose, saved
 
 

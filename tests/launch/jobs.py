@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 PRELUDE = """
 import os, signal, sys
 rank = int(os.environ["RANK"])
+held_back = signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())  # as signals.listen does
 def tell(*words): os.write(1, (" ".join(map(str, (rank, *words))) + "\\n").encode())
 """
 

@@ -15,6 +15,7 @@ import pytest
 from llm.config import ConfigError
 from llm.launch import launch
 from llm.launch.launcher import FORWARDED
+from llm.signals import TOLD
 from tests.launch.jobs import ROOT, Start, command, left
 
 WAIT = "signal.pause()\n"
@@ -272,7 +273,7 @@ def test_each_signal_is_passed_on_once(start: Start, number: signal.Signals) -> 
     assert process.wait(timeout=20) == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 76), (signal.SIGUSR2, 140)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 76), (signal.SIGQUIT, 131)])
 def test_signals_that_come_too_early_for_a_rank(
     start: Start, tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
@@ -281,9 +282,29 @@ def test_signals_that_come_too_early_for_a_rank(
     process.send_signal(number)
     _, err = left(process)
     assert process.returncode == code
-    said = "was ended by" if code != 140 else "was killed by"
+    said = "was ended by" if code != 131 else "was killed by"
     assert f"{said} {number.name}" in err
     assert end(tmp_path) == {"code": code, "cause": err.strip(), "rank": int(err.split()[1])}
+
+
+@pytest.mark.parametrize("number", TOLD)
+def test_a_signal_waits_until_a_rank_listens(start: Start, number: signal.Signals) -> None:
+    """Before that it would end the rank, as it would have ended a rank that had not loaded Python yet."""
+    body = f"""
+    sys.path[:0] = [{str(ROOT)!r}]
+    assert signal.{number.name} in held_back
+    signal.pthread_sigmask(signal.SIG_BLOCK, held_back)
+    from llm import signals
+    tell("ready")
+    while signal.{number.name} not in signal.sigpending(): pass
+    signals.listen()
+    signals.raise_at_once()
+    """
+    process = start(body)
+    say(process, 2)
+    process.send_signal(number)
+    assert left(process) == ([], "")
+    assert process.returncode == 75
 
 
 def test_a_signal_that_is_ignored_stays_so(start: Start) -> None:

@@ -59,7 +59,7 @@ def test_a_process_alone_has_all_at_hand() -> None:
     alone.arrive()
     alone.once_per_node("data", lambda: made.append(1))
     assert alone.share("plan", lambda: {"step": 3}) == {"step": 3}
-    assert alone.first_to_fail()
+    assert alone.first_to_fail(70)
     alone.leave()
     assert made == [1]
 
@@ -110,14 +110,22 @@ def test_who_waits_learns_that_another_failed() -> None:
     one, two, three = ranks(3)
 
     def fails() -> object:
-        return one.first_to_fail()
+        return one.first_to_fail(70)
 
     results = each([fails, lambda: two.share("start", pytest.fail), lambda: three.once_per_node("data", pytest.fail)])
     assert results[0] is True
     assert [str(result) for result in results[1:]] == ["rank 0 failed"] * 2
     assert [type(result) for result in results[1:]] == [LostPeerError] * 2
-    assert not two.first_to_fail()
-    assert one.first_to_fail(), "asking again changes nothing"
+    assert not two.first_to_fail(70)
+    assert one.first_to_fail(70), "asking again changes nothing"
+
+
+def test_who_waits_for_one_that_was_told_to_go_goes_as_if_told() -> None:
+    one, two, three = ranks(3)
+    assert two.first_to_fail(75)
+    for error in each([lambda: one.all_here("fit"), lambda: three.share("start", pytest.fail)]):
+        assert isinstance(error, LostPeerError)
+        assert (str(error), error.exit_code) == ("rank 1 was told to go", 75)
 
 
 def test_ranks_leave_together() -> None:
@@ -139,7 +147,7 @@ def test_ranks_leave_together() -> None:
         gate.set()
         assert [future.result(10) for future in both] == [None, None]
     assert left == [1, 0]
-    assert [one.first_to_fail(), two.first_to_fail()] == [True, False], "rank 0 says why they left"
+    assert [one.first_to_fail(70), two.first_to_fail(70)] == [True, False], "rank 0 says why they left"
 
 
 @pytest.fixture
@@ -209,7 +217,7 @@ def test_a_rank_that_went_without_a_word_is_named(monkeypatch: pytest.MonkeyPatc
 def test_a_rank_that_said_it_failed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendezvous, "lost_contact", lambda error: isinstance(error, RuntimeError))
     one, two, _ = ranks(3)
-    assert two.first_to_fail()
+    assert two.first_to_fail(70)
     [error] = each([lambda: loses(one)])
     assert isinstance(error, LostPeerError)
     assert str(error).startswith("lost contact with rank 1 (")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llm.callback import PreemptedError
+from llm.signals import PreemptedError
 from llm.strategy import FSDP
 from tests.ranks import run_on_ranks
 from tests.runs import run_composed, saved
