@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -24,11 +25,13 @@ def check(run_dir: str | Path) -> tuple[str, bool]:
     account = _account(run_dir)
     mistakes = [*account.mistakes, *ledger.passes(account), *_checkpoints(run_dir, account), *_data(account)]
     samples = sum(len(step["samples"]) for step in account.steps.values())
-    sizes = ", ".join(str(event["world_size"]) for event in account.events)
+    starts = [event for event in account.events if event["event"] != "rollback"]
+    sizes = ", ".join(str(event["world_size"]) for event in starts)
     lines = [
         f"{run_dir}: {len(account.steps)} steps, {samples} samples",
-        f"  {len(account.events)} starts, on {sizes} processes; {account.n_undone} steps done again",
+        f"  {len(starts)} starts, on {sizes} processes; {account.n_undone} steps done again",
         *(f"  {line}" for line in _passes(account)),
+        *(f"  {line}" for line in _without_update(account)),
         *(f"  wrong: {mistake}" for mistake in mistakes),
         "  every seal holds, no step is missing, no sample was lost or used twice" if not mistakes else "  not sound",
     ]
@@ -45,7 +48,8 @@ def show_step(run_dir: str | Path, step: int) -> str:
     if step not in account.steps:
         raise DataError(f"{run_dir}: step {step} is not in the ledger, which has 1 to {max(account.steps, default=0)}")
     line = account.steps[step]
-    found = [f"step {step}, batch {line['batch']}, loss {float.fromhex(line['loss']):.4f}"]
+    told = f", no update: {line['skipped']}" if "skipped" in line else ""
+    found = [f"step {step}, batch {line['batch']}, loss {_loss(line):.4f}{told}"]
     for sample in line["samples"]:
         name, texts = data.texts_of(sample)
         found.append(f"==== sample {sample}, {name}")
@@ -65,7 +69,7 @@ def show_window(run_dir: str | Path, first: int, last: int) -> str:
         raise DataError(f"{run_dir}: none of the steps {first} to {last} is in the ledger")
     here = Counter(_source(account, sample) for line in window for sample in line["samples"])
     anywhere = Counter(_source(account, sample) for line in account.steps.values() for sample in line["samples"])
-    loss = sum(float.fromhex(line["loss"]) for line in window) / len(window)
+    loss = sum(_loss(line) for line in window) / len(window)
     rows = []
     for name in anywhere:
         share, usual = here[name] / here.total(), anywhere[name] / anywhere.total()
@@ -121,6 +125,23 @@ def _passes(account: Account) -> list[str]:
     counts = Counter(_source(account, sample) for line in account.steps.values() for sample in line["samples"])
     rows = account.events[0]["rows"] if account.events else {}
     return [f"{name}: {counts[name]} of {n} rows, {counts[name] / max(n, 1):.2f} passes" for name, n in rows.items()]
+
+
+def _without_update(account: Account) -> list[str]:
+    """Where the run left batches out, and why."""
+    lines = []
+    for event in account.events:
+        if event["event"] == "rollback":
+            first, last = event["left_out"]
+            found = f"at step {event['found']} {event['cause']}"
+            lines.append(f"{found}: back to step {event['step']}, without batches {first} to {last}")
+    skipped = {step: line["skipped"] for step, line in sorted(account.steps.items()) if "skipped" in line}
+    return lines + [f"step {step} made no update: {cause}" for step, cause in skipped.items()]
+
+
+def _loss(line: ledger.Line) -> float:
+    """Of a step; a step that was left out has none."""
+    return math.nan if line["loss"] is None else float.fromhex(line["loss"])
 
 
 def _source(account: Account, sample: int) -> str:

@@ -1,8 +1,9 @@
 """`RUN/ledger.jsonl`: what each step consumed, appended as it happens, every line sealed with the one before.
 
-Lines are steps (`step`, `batch`, `samples`, `loss`) and events (`event`: start or resume). Nothing is ever changed: a
-run that goes on from step N writes an event that says so, and what had come after N counts no more. `chain` is the hash
-of the line and of the chain before it, so one altered, lost or added line is found.
+Lines are steps (`step`, `batch`, `samples`, `loss`, and `skipped` with the cause where no update was made) and events
+(`event`: start, resume or rollback, which says what is `left_out` and why). Nothing is ever changed: a run that goes on
+from step N writes an event that says so, and what had come after N counts no more. `chain` is the hash of the line and
+of the chain before it, so one altered, lost or added line is found.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Account:
     """What a ledger comes to.
 
     steps     what counts in the end, by step: lines with `samples` as lists
-    events    starts and resumes, in the order in which they were written
+    events    starts, resumes and rollbacks, in the order in which they were written
     n_undone  steps that were done again after an interruption
     mistakes  one line for each way in which the ledger contradicts itself
     """

@@ -126,6 +126,22 @@ class AnyRaised:
         return bool(flag.item())
 
 
+class Reading:
+    """Numbers on their way from the device to the host; nobody waits until they are asked for."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._values = values.detach().to("cpu", non_blocking=True)
+        self._event = torch.cuda.Event() if values.is_cuda else None
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> list[float]:
+        """The numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
+
+
 class Totals:
     """Named running (sum, count) pairs that stay on the device until one packed read.
 

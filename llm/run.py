@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import yaml
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loops import _FitLoop
 from omegaconf import DictConfig, OmegaConf
 
 from llm import signals
 from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, vocab_size
+from llm.build import build, built
 from llm.callback import Preempt
-from llm.checkpoint import find, newest_verified, read_state, set_aside_damaged, sweep
+from llm.checkpoint import find, newest_verified, read_state, remove_after, set_aside_damaged, steps, sweep
 from llm.config import ConfigError, check, wandb_offline
 from llm.data import TextData
 from llm.exit import RunExistsError, as_rank, finished, guarded, recorded, write_end
+from llm.guard import DivergedError, RollBackError, Window
 from llm.launch import place
 from llm.lock import Lock
 from llm.signals import PreemptedError
-from llm.strategy import Environment, Rendezvous, Stored, first_to_fail, leave, meet, see_off
+from llm.strategy import Rendezvous, Stored, first_to_fail, leave, meet, see_off
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def run(cfg: DictConfig) -> Outcome:
         CheckpointError: a checkpoint that cannot be used.
         RunExistsError: see there.
         OSError: storage that cannot be written.
+        DivergedError: the loss or the gradient went wrong, and the guard could not help it.
         PreemptedError: the run was told to stop, and saved.
     """
     signals.begin()
@@ -125,58 +127,6 @@ def claim(run_dir: Path, resume: str, lock: Lock) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
-def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
-    """The trainer, with its strategy, callbacks and loggers, and the objective. Seeded here: data preparation draws
-    nothing."""
-    L.seed_everything(cfg.seed, verbose=False)
-    node = cfg.trainer.copy()
-    OmegaConf.set_struct(node, False)
-    for key in ("max_tokens", "max_epochs"):
-        node.pop(key)  # ours, and turned into max_steps
-    callbacks, loggers = built(node.pop("callbacks")), built(node.pop("logger"))
-    if os.environ.get("WANDB_MODE") == "disabled":  # which Lightning's logger takes for offline
-        loggers = [logger for logger in loggers if not isinstance(logger, WandbLogger)]
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger._wandb_init.pop("anonymous", None)  # Lightning's default, which wandb warns about in every run
-    trainer = built(
-        node,
-        max_epochs=-1,
-        callbacks=callbacks,
-        logger=loggers,
-        plugins=[Environment(place())],
-        # Without these Lightning adds a bar and a checkpoint of its own where a user has taken ours away.
-        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-    )
-    trainer.fit_loop.__class__ = _ToTheEnd
-    # Among several processes it broadcasts in every batch, and waits for the device, to learn of a SIGTERM.
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
-    # Its handlers broadcast from inside the handler, and end a run that was told to go as if it were done.
-    trainer._signal_connector.register_signal_handlers = lambda: None
-    return trainer, built(cfg.objective)
-
-
-class _ToTheEnd(_FitLoop):
-    """A run that was interrupted when all its steps were made still has its end to come: the last validation, the
-    curves, the summary. Lightning would return at once."""
-
-    @property
-    def skip(self) -> bool:
-        return False
-
-
-def built(node: DictConfig, **arguments: Any) -> Any:
-    """What `node` describes, with plain lists and dicts. What a constructor refuses is the
-    user's mistake: no traceback."""
-    try:
-        return instantiate(node, _convert_="all", **arguments)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError | MisconfigurationException):
-            raise ConfigError(str(error.__cause__).splitlines()) from error
-        raise
-
-
 def _set_length(cfg: DictConfig, data: TextData) -> None:
     """Turn tokens or epochs into optimizer steps, which schedules and loops count in."""
     if cfg.trainer.max_steps is None:
@@ -204,7 +154,40 @@ def _trained(cfg: DictConfig, data: TextData, together: Rendezvous, found: str |
     if step is not None:
         _log.info("%s: finished already, at step %d; a larger trainer.max_steps continues it", run_dir, step)
         return Outcome(run_dir, step, {})
+    with recorded(run_dir):
+        back = _Back()
+        while True:
+            outcome = _attempt(cfg, data, together, found, lock, back)
+            if isinstance(outcome, Outcome):
+                return outcome
+            found = together.share(f"back {len(back.windows)}", partial(_go_back, run_dir, outcome, found))
+            back.windows.append(outcome)
+            back.targets.append(found)
+            if back.targets.count(found) > cfg.guard.attempts:
+                where = "the start" if found is None else Path(found).name
+                raise DivergedError(
+                    f"step {outcome.step}: {outcome.cause}, and the run has gone back to {where} {cfg.guard.attempts} "
+                    f"times (guard.attempts); python -m llm audit {run_dir} names the batches"
+                )
+            gc.collect()  # the last attempt's network and optimizer, which refer to each other
+
+
+@dataclass
+class _Back:
+    """Where this process's run has gone back to, and which batches it has left out."""
+
+    windows: list[Window] = field(default_factory=list)
+    targets: list[str | None] = field(default_factory=list)
+
+
+def _attempt(
+    cfg: DictConfig, data: TextData, together: Rendezvous, found: str | None, lock: Lock, back: _Back
+) -> Outcome | Window:
+    """Train to the end, or until batches have to be left out."""
+    run_dir = Path(cfg.run_dir)
     trainer, objective = build(cfg)
+    for window in back.windows:
+        objective.guard.leave_out(window)
     if found is not None and run_dir in Path(found).parents:
         _continue_wandb(trainer, read_state(Path(found)).get("wandb"))
     assert isinstance(trainer.strategy, Stored), "every strategy of ours saves through our store"
@@ -218,12 +201,17 @@ def _trained(cfg: DictConfig, data: TextData, together: Rendezvous, found: str |
     )
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     asked = any(isinstance(callback, Preempt) for callback in callbacks)
-    with recorded(run_dir), signals.kept() if asked else signals.unheard():
-        with together.naming_lost():
-            for logger in trainer.loggers:
-                logger.log_hyperparams(settings)
-            together.all_here("recording")  # rank 0 has taken the end of the last attempt away; signals are kept
-            _entered(trainer.fit, objective, datamodule=data, ckpt_path=found)
+    with signals.kept() if asked else signals.unheard():
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings)
+        # Rank 0 has taken the end of the last attempt away, and all keep signals.
+        together.all_here(f"attempt {len(back.windows)}")
+        try:
+            with together.naming_lost():
+                _entered(trainer.fit, objective, datamodule=data, ckpt_path=found)
+        except RollBackError as error:
+            _finish_wandb(trainer)
+            return error.window
         if not trainer.is_global_zero:
             signals.ignore()  # all is saved; whether the run has ended is now for the first to say
         together.share("end", lambda: _end(trainer, run_dir))
@@ -231,13 +219,31 @@ def _trained(cfg: DictConfig, data: TextData, together: Rendezvous, found: str |
     return Outcome(run_dir, trainer.global_step, _metrics(trainer))
 
 
+def _go_back(run_dir: Path, window: Window, found: str | None) -> str | None:
+    """The checkpoint that lies before the window, or the first there is; those after it are of what is undone."""
+    checkpoints = steps(run_dir)
+    before = [path for path in checkpoints if int(path.name.removeprefix("step-")) <= window.first]
+    target = before[-1] if before else checkpoints[0] if checkpoints else None
+    if target is not None:
+        remove_after(target)
+        found = str(find(target))
+    without = f"without batches {window.first} to {window.last}"
+    _log.warning("step %d: %s; back to %s, %s", window.step, window.cause, found or "the start", without)
+    return found
+
+
 def _end(trainer: L.Trainer, run_dir: Path) -> None:
     """Nothing is left to be trained: what is left is to say so."""
     signals.raise_at_once()
+    _finish_wandb(trainer)
+    write_end(run_dir, trainer.global_step, trainer.max_steps)
+
+
+def _finish_wandb(trainer: L.Trainer) -> None:
+    """Whatever comes next in this process would go on writing into it."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.finish()  # the next run of a sweep would go on writing into it
-    write_end(run_dir, trainer.global_step, trainer.max_steps)
+            logger.experiment.finish()
 
 
 def _continue_wandb(trainer: L.Trainer, run_id: str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import lightning as L
 import torch
@@ -17,6 +17,14 @@ from llm.objective import Objective
 from llm.reduce import all_gather, all_sum
 
 
+class Step(NamedTuple):
+    """Its number, counted from 1, its batch, and why it made no update."""
+
+    number: int
+    batch: int
+    skipped: str | None
+
+
 class Ledger(Callback):
     """`RUN/ledger.jsonl`: for every step the ids of the rows that all processes trained on, taken from the batches, and
     the loss; `python -m llm audit RUN` reads it.
@@ -28,7 +36,7 @@ class Ledger(Callback):
 
     def __init__(self, every_n_steps: Annotated[int, Gt(0)] = 10) -> None:
         self.every_n_steps = every_n_steps
-        self._steps: list[tuple[int, int, Tensor, Tensor]] = []  # step, batch, ids of this process, (sum, count)
+        self._steps: list[tuple[Step, Tensor, Tensor]] = []  # ids and (sum, count) of this process
         self._chain: str | None = None  # where the checkpoint that the run goes on from had got to
         self._ledger: ledger.Ledger | None = None
 
@@ -41,14 +49,16 @@ class Ledger(Callback):
         assert isinstance(data, TextData)
         self._ledger = ledger.Ledger(trainer.default_root_dir)
         self._ledger.open()
+        assert isinstance(pl_module, Objective)
+        back = pl_module.guard.gone_back
         event = {
-            "event": "resume" if trainer.global_step else "start",
+            "event": "rollback" if back else "resume" if trainer.global_step else "start",
             "step": trainer.global_step,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "world_size": trainer.world_size,
             "data": data.fingerprint,
             "rows": data.n_rows,
-        }
+        } | ({} if back is None else {"cause": back.cause, "found": back.step, "left_out": [back.first, back.last]})
         self._ledger.append([event if self._chain is None else event | {"after": self._chain}])
 
     def on_train_batch_end(
@@ -57,8 +67,9 @@ class Ledger(Callback):
         """Keep what the step consumed."""
         assert isinstance(pl_module, Objective)
         samples = torch.cat([micro_batch["samples"] for micro_batch in batch.micro_batches])
-        self._steps.append((trainer.global_step, batch.index, samples, torch.stack(pl_module.step_loss).double()))
-        if trainer.global_step % self.every_n_steps == 0:
+        step = Step(trainer.global_step, batch.index, pl_module.skipped)
+        self._steps.append((step, samples, torch.stack(pl_module.step_loss).double()))
+        if trainer.global_step % self.every_n_steps == 0 or pl_module.trouble is not None:
             self._write()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -70,7 +81,7 @@ class Ledger(Callback):
         """The other half."""
         self._chain = checkpoint.get("ledger")
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What is left."""
         self._write(sync=True)
 
@@ -78,14 +89,20 @@ class Ledger(Callback):
         """One gathering for all steps since the last write; every process calls this."""
         if not self._steps:
             return
-        mine = torch.stack([samples for _, _, samples, _ in self._steps])  # [steps, rows]
+        mine = torch.stack([samples for _, samples, _ in self._steps])  # [steps, rows]
         samples = all_gather(mine).transpose(0, 1).flatten(1).tolist()  # [steps, processes x rows]
-        losses = all_sum(torch.stack([loss for _, _, _, loss in self._steps])).tolist()
+        losses = all_sum(torch.stack([loss for _, _, loss in self._steps])).tolist()
         steps, self._steps = self._steps, []
         if self._ledger is None:
             return
         lines = [
-            {"step": step, "batch": batch, "samples": ledger.packed(ids), "loss": (total / max(count, 1.0)).hex()}
-            for (step, batch, _, _), ids, (total, count) in zip(steps, samples, losses, strict=True)
+            {"step": step.number, "batch": step.batch, "samples": ledger.packed(ids), "loss": _mean(total, count)}
+            | ({} if step.skipped is None else {"skipped": step.skipped})
+            for (step, _, _), ids, (total, count) in zip(steps, samples, losses, strict=True)
         ]
         self._ledger.append(lines, sync=sync)
+
+
+def _mean(total: float, count: float) -> str | None:
+    """Exactly; None of nothing, as in a step that was left out."""
+    return (total / count).hex() if count else None

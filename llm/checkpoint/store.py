@@ -184,6 +184,13 @@ def remove(directory: Path) -> None:
         disk.remove(directory)
 
 
+def remove_after(directory: Path) -> None:
+    """Delete the checkpoints of later steps: a run has gone back to this one, and they are of what it undoes."""
+    for step in steps(directory.parents[1]):
+        if step.name > directory.name:
+            disk.remove(step)
+
+
 def sweep(run_dir: str | Path) -> None:
     """Delete what crashes have left; only who holds the run's lock may."""
     with contextlib.suppress(OSError):

@@ -33,6 +33,7 @@ class Run:
     objective: dict[str, Any] = MISSING
     optimizer: dict[str, Any] = MISSING
     schedule: dict[str, Any] = MISSING
+    guard: dict[str, Any] = MISSING
     strategy: dict[str, Any] = MISSING
     callback: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class Run:
 
 
 ROOT = tuple(item.name for item in fields(Run))
-NODES = ("model", "tokenizer", "data", "objective", "optimizer", "schedule", "strategy", "trainer")
+NODES = ("model", "tokenizer", "data", "objective", "optimizer", "schedule", "guard", "strategy", "trainer")
 NODE_DICTS = ("callback", "logger")
 SCALARS: dict[str, Any] = {
     "seed": Annotated[int, Ge(0), Lt(2**32)],  # NumPy takes no more than 32 bits

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from llm.checkpoint import load_into
+from llm.guard import Guard, Stop
 from llm.metric import unigram_nats
 from llm.model import Transformer, TransformerConfig
 from llm.objective.loss import IGNORED, Loss
-from llm.reduce import Totals, all_mean, all_sum, clip_gradients
+from llm.reduce import Reading, Totals, all_mean, all_sum, clip_gradients, from_first
 
 Batch = Mapping[str, Tensor]
 
@@ -56,6 +57,7 @@ class Objective(L.LightningModule):
         model: configuration of the network, which is built in `configure_model`, where the strategy wants it built.
         optimizer: recipe of the optimizer.
         schedule: factor of the learning rate for each step.
+        guard: what becomes of the run if a step is not finite, or its loss a spike; None stops it.
         init_from: run or step directory whose weights the training starts from; a resumed run overrides it.
 
     Raises ValueError if the model is of another family than `family`, which a subclass names.
@@ -68,6 +70,7 @@ class Objective(L.LightningModule):
         model: TransformerConfig,
         optimizer: OptimizerRecipe,
         schedule: Callable[[int], float],
+        guard: Guard | None = None,
         init_from: str | None = None,
     ) -> None:
         super().__init__()
@@ -80,10 +83,14 @@ class Objective(L.LightningModule):
         self.model_config = model
         self.optimizer_recipe = optimizer
         self.schedule = schedule
+        self.guard = guard or Stop()
         self.init_from = init_from
         self.model: Transformer | None = None
         self.n_batches = 0  # batches consumed: where the data goes on after a restart
         self.step_loss: tuple[Tensor, Tensor]  # sum and count of the last step, of this process
+        self.skipped: str | None = None  # why the last step made no update
+        self.trouble: Exception | None = None  # what ends this fit, on all processes
+        self._watched: tuple[int, Reading] | None = None  # a step that is still to be judged
         self.train_totals = Totals()
         self.val_totals = Totals()
         self.label_counts: Tensor | None = None  # int64 [V], of the labels validated so far
@@ -151,6 +158,28 @@ class Objective(L.LightningModule):
         assert batch.index == self.n_batches, f"batch {batch.index} came where {self.n_batches} was due"
         optimizer = self._optimizer()
         self.set_learning_rate(optimizer)
+        self.n_batches = batch.index + 1
+        if batch.index in self.guard.left_out:
+            self._leave_out(batch, optimizer)
+            return
+        sums = self._gradient(batch)
+        norm = self.clip_gradients_to_norm()
+        self.step_loss = sums["loss"]
+        self._watch(norm)
+        if self.skipped is not None:
+            optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
+        optimizer.step()
+        # At once, not before the next backward: the old gradients would live through the next forward.
+        optimizer.zero_grad(set_to_none=not getattr(self.trainer.strategy, "keeps_gradients", False))
+        if self.skipped is not None:
+            return
+        sides = [m[side] for m in batch.micro_batches for side in ("documents", "source_documents") if side in m]
+        n_tokens = torch.stack([(documents > 0).sum() for documents in sides]).sum()  # 0 marks padding
+        one = torch.ones_like(norm)
+        self.train_totals.add({**sums, "n_tokens": (n_tokens, one), "grad_norm": (norm, one)})
+
+    def _gradient(self, batch: Step) -> dict[str, tuple[Tensor, Tensor]]:
+        """The gradient of the whole step; gives name -> (sum, count) of this process."""
         share = self.global_share(batch.micro_batches)
         sums: dict[str, tuple[Tensor, Tensor]] = {}
         for number, micro_batch in enumerate(batch.micro_batches, 1):
@@ -162,16 +191,58 @@ class Objective(L.LightningModule):
             for name, (total, count) in self.sums(parts, micro_batch).items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + total.detach(), before[1] + count)
-        norm = self.clip_gradients_to_norm()
+        return sums
+
+    # The guard
+
+    def _leave_out(self, batch: Step, optimizer: LightningOptimizer) -> None:
+        """A step without an update."""
+        self.settle()
+        self.skipped = "left out"
+        nothing = torch.zeros((), device=self.device)
+        self.step_loss = nothing, nothing
+        optimizer.zero_grad(set_to_none=True)
         optimizer.step()
-        # At once, not before the next backward: the old gradients would live through the next forward.
-        optimizer.zero_grad(set_to_none=not getattr(self.trainer.strategy, "keeps_gradients", False))
-        self.n_batches = batch.index + 1
-        self.step_loss = sums["loss"]
-        sides = [m[side] for m in batch.micro_batches for side in ("documents", "source_documents") if side in m]
-        n_tokens = torch.stack([(documents > 0).sum() for documents in sides]).sum()  # 0 marks padding
-        one = torch.ones_like(norm)
-        self.train_totals.add({**sums, "n_tokens": (n_tokens, one), "grad_norm": (norm, one)})
+
+    def _watch(self, norm: Tensor) -> None:
+        """Judge this step if its update has to wait for that; else the one before, whose numbers have arrived by now:
+        nobody waits for the device."""
+        self.skipped = None
+        values = torch.stack([norm.double(), *(value.double() for value in self.step_loss)])
+        if self.guard.sigma is not None:
+            all_sum(values[1:])
+            values = from_first(values)
+        else:  # the norm says enough, and is that of all processes
+            values = values[:1]
+        if not self.guard.before_update:
+            self.settle()
+        self._watched = self.n_batches, Reading(values)
+        if self.guard.before_update:
+            self.skipped = self.settle()
+
+    def settle(self) -> str | None:
+        """Judge the step that is still to be judged; gives what is wrong with it. All processes call this."""
+        if self._watched is None:
+            return None
+        (step, reading), self._watched = self._watched, None
+        norm, *loss = reading.read()
+        cause = self.guard.judge(norm, loss[0] / max(loss[1], 1.0) if loss else None)
+        if cause is not None and self.trouble is None:  # else it is what followed from that
+            self.trouble = self.guard.respond(step, cause)
+        return cause
+
+    def on_train_batch_end(self, outputs: Any, batch: Step, batch_index: int) -> None:
+        """After all callbacks, which have seen what was consumed."""
+        self._raise_trouble()
+
+    def on_train_epoch_end(self) -> None:
+        """The last step is still to be judged."""
+        self.settle()
+        self._raise_trouble()
+
+    def _raise_trouble(self) -> None:
+        if self.trouble is not None:
+            raise self.trouble
 
     def sums(self, parts: dict[str, Loss], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Name -> (sum, count) of every part and, of several tasks in one run, of the loss of each: `loss/TASK`."""
@@ -258,11 +329,14 @@ class Objective(L.LightningModule):
         Lightning's own loop state is left out: restoring it replays or skips validations, depending on the hook in
         which the checkpoint was taken.
         """
+        self.settle()
+        self._raise_trouble()  # no checkpoint is taken of it
         checkpoint.pop("loops", None)
         checkpoint["objective"] = {
             "n_batches": self.n_batches,
             "n_steps": self.global_step,
             "train_totals": self.train_totals.state_dict(),
+            "guard": self.guard.state_dict(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -270,6 +344,7 @@ class Objective(L.LightningModule):
         state = checkpoint["objective"]
         self.n_batches = state["n_batches"]
         self.train_totals.load_state_dict(state["train_totals"])
+        self.guard.load_state_dict(state["guard"])
         loop = self.trainer.fit_loop.epoch_loop
         loop.batch_progress.total.increment_by(state["n_batches"])
         loop.manual_optimization.optim_step_progress.total.increment_by(state["n_steps"])

@@ -26,6 +26,7 @@ tokenizer: {_target_: toyhouse.Open}
 data: {_target_: toyhouse.Open}
 objective: {_target_: toyhouse.Open, model: "${model}"}
 strategy: {_target_: toyhouse.Open}
+guard: {_target_: toyhouse.Open}
 callback: {sample: {_target_: toyhouse.Open, name: sample}}
 packages: [toyhouse]
 hydra:

@@ -13,10 +13,11 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llm.build import build
 from llm.callback.record import Record
 from llm.model import Transformer
 from llm.objective.loss import Loss, cross_entropy, n_labels
-from llm.run import build, run
+from llm.run import run
 from tests.runs import Compose, saved
 
 

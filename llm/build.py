@@ -1,0 +1,71 @@
+"""The trainer and the objective that a configuration describes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import lightning as L
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loops import _FitLoop
+from omegaconf import DictConfig, OmegaConf
+
+from llm.config import ConfigError
+from llm.launch import place
+from llm.strategy import Environment
+
+
+def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
+    """The trainer, with its strategy, callbacks and loggers, and the objective. Seeded here: data preparation draws
+    nothing."""
+    L.seed_everything(cfg.seed, verbose=False)
+    node = cfg.trainer.copy()
+    OmegaConf.set_struct(node, False)
+    for key in ("max_tokens", "max_epochs"):
+        node.pop(key)  # ours, and turned into max_steps
+    callbacks, loggers = built(node.pop("callbacks")), built(node.pop("logger"))
+    if os.environ.get("WANDB_MODE") == "disabled":  # which Lightning's logger takes for offline
+        loggers = [logger for logger in loggers if not isinstance(logger, WandbLogger)]
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger._wandb_init.pop("anonymous", None)  # Lightning's default, which wandb warns about in every run
+    trainer = built(
+        node,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=[Environment(place())],
+        # Without these Lightning adds a bar and a checkpoint of its own where a user has taken ours away.
+        enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
+    )
+    trainer.fit_loop.__class__ = _ToTheEnd
+    # Among several processes it broadcasts in every batch, and waits for the device, to learn of a SIGTERM.
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    # Its handlers broadcast from inside the handler, and end a run that was told to go as if it were done.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer, built(cfg.objective)
+
+
+class _ToTheEnd(_FitLoop):
+    """A run that was interrupted when all its steps were made still has its end to come: the last validation, the
+    curves, the summary. Lightning would return at once."""
+
+    @property
+    def skip(self) -> bool:
+        return False
+
+
+def built(node: DictConfig, **arguments: Any) -> Any:
+    """What `node` describes, with plain lists and dicts. What a constructor refuses is the
+    user's mistake: no traceback."""
+    try:
+        return instantiate(node, _convert_="all", **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError | MisconfigurationException):
+            raise ConfigError(str(error.__cause__).splitlines()) from error
+        raise
