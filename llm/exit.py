@@ -144,18 +144,29 @@ def recorded(run_dir: Path) -> Iterator[None]:
         raise
 
 
-def record(run_dir: Path, code: int, cause: str, rank: int | None = None) -> None:
-    """Write what ended the run, unless that has been written: the first cause stays, but a lost peer is none."""
-    end = {"code": code, "cause": cause} | ({} if rank is None else {"rank": rank})
+def record(run_dir: Path, code: int, cause: str, rank: int | None = None, *, final: bool = False) -> None:
+    """Write what ended the run, unless that has been written: the first cause stays, but a lost peer is none.
+
+    Args:
+        final: who says this ends the ranks, so that whatever else is said follows from it.
+    """
+    end: dict[str, Any] = {"code": code, "cause": cause} | ({} if rank is None else {"rank": rank})
+    end |= {"final": True} if final else {}
     temporary = _written(run_dir, end)
     try:
         os.link(temporary, run_dir / _FILE)  # of several processes that do this, one succeeds
     except OSError:  # there is one, or the file system has no links
         before = _read(run_dir)
-        if before is None or (before.get("code") == LOST and code != LOST):
+        if final or before is None or (before.get("code") == LOST and code != LOST and "final" not in before):
             os.replace(temporary, run_dir / _FILE)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def final_end(run_dir: Path) -> int | None:
+    """The exit code that somebody recorded who then ended the ranks; None if nobody did."""
+    end = _read(run_dir) or {}
+    return end["code"] if "final" in end else None
 
 
 def version(run_dir: Path) -> tuple[int, int] | None:

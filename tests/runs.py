@@ -37,6 +37,7 @@ TINY = (
     "callback.checkpoint.every_n_train_steps=100",
     "callback.sample.max_new_tokens=8",
     "logger=none",
+    "~callback.watchdog",
 )
 
 # The same run for the other two, with all that is special about them.

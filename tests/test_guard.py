@@ -157,9 +157,8 @@ def test_rollback_goes_before_the_window_and_on_without_it(
 
 
 def test_attempts_are_counted(compose_run: Compose, tmp_path: Path) -> None:
-    always = poison(list(range(3, 8)))
+    always, once = poison(list(range(3, 8))), "callback.checkpoint.every_n_train_steps=100"
     with pytest.raises(DivergedError, match=r"gone back to the start 2 times \(guard.attempts\)"):
-        once = "callback.checkpoint.every_n_train_steps=100"
         run(compose_run(*RUN, once, "guard=rollback", "guard.window=1", "guard.attempts=2", *always))
     assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 79
     with pytest.raises(DivergedError, match="steps 4 to 6 were skipped one after the other"):

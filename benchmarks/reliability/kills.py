@@ -33,6 +33,7 @@ from llm.checkpoint import newest
 from tests.runs import run_composed, saved
 
 N_STEPS = 20
+STEPS_A_KILL = 7  # in runs that are killed more than once: so that the last kill comes before the end
 _GRACE_S = 10.0  # a launcher's: ranks that wait for one that is gone are then killed, too
 _PATIENCE_S = 120.0
 
@@ -40,8 +41,8 @@ _PATIENCE_S = 120.0
 class Trials:
     """Runs of one shape, in a folder of their own."""
 
-    def __init__(self, folder: Path, n_ranks: int, draw: random.Random) -> None:
-        self.folder, self.n_ranks, self.draw = folder, n_ranks, draw
+    def __init__(self, folder: Path, n_ranks: int, draw: random.Random, n_steps: int = N_STEPS) -> None:
+        self.folder, self.n_ranks, self.draw, self.n_steps = folder, n_ranks, draw, n_steps
         words = [f"word{n}" for n in range(50)]
         texts = (" ".join(draw.choices(words, k=30)) for _ in range(100))
         (folder / "text.txt").write_text("\n\n".join(texts))
@@ -56,7 +57,7 @@ class Trials:
             f"data.cache_dir={self.folder / 'cache'}",
             f"run_dir={run_dir}",
             "data.micro_batch_size=2",
-            f"trainer.max_steps={N_STEPS}",
+            f"trainer.max_steps={self.n_steps}",
             "trainer.val_check_interval=9",
             "callback.ledger.every_n_steps=2",
             "callback.checkpoint.every_n_train_steps=3",
@@ -67,11 +68,11 @@ class Trials:
         ]
 
     def make_reference(self) -> None:
-        """The run that nothing disturbs; the first fills the cache, the second is timed."""
+        """The run that nothing disturbs; the first fills the cache, the second is timed, for a run of N_STEPS."""
         for name in ("first", "reference"):
             started = time.monotonic()
             assert self.wait(self.start(self.folder / name)) == [0] * self.n_ranks
-            self.duration = time.monotonic() - started
+            self.duration = (time.monotonic() - started) * N_STEPS / self.n_steps
 
     def start(self, run_dir: Path) -> list[int]:
         """Fork the processes of a run."""
@@ -148,14 +149,14 @@ class Trials:
         return found + ([] if check(run_dir)[1] else ["audit"])
 
 
-def landed(run_dir: Path) -> str:
+def landed(run_dir: Path, n_steps: int) -> str:
     """Where in the life of the run it was killed."""
     if any((run_dir / "checkpoints").glob(".step-*")):
         return "in a save"
     step = newest(run_dir)
     if step is None:
         return "before the first checkpoint" if (run_dir / ledger.NAME).exists() else "before the first step"
-    return "at its end" if step.name.endswith(f"{N_STEPS:08d}") else "in training"
+    return "at its end" if step.name.endswith(f"{n_steps:08d}") else "in training"
 
 
 def main() -> None:
@@ -171,7 +172,8 @@ def main() -> None:
     wrong: Counter[str] = Counter()
     outlived = 0
     with tempfile.TemporaryDirectory() as scratch:
-        trials = Trials(Path(scratch), options.ranks, random.Random(0))
+        n_steps = max(N_STEPS, STEPS_A_KILL * options.kills)
+        trials = Trials(Path(scratch), options.ranks, random.Random(0), n_steps)
         trials.make_reference()
         for _ in range(options.trials):
             run_dir = Path(scratch) / "run"
@@ -182,7 +184,7 @@ def main() -> None:
                 began = time.monotonic()
                 trials.wait(children, _GRACE_S)
                 outlived += time.monotonic() - began > _GRACE_S
-                where[landed(run_dir)] += 1
+                where[landed(run_dir, n_steps)] += 1
             if trials.wait(trials.start(run_dir)) != [0] * options.ranks:
                 wrong["did not go on"] += 1
                 continue

@@ -8,6 +8,7 @@ from llm.callback.preempt import Preempt
 from llm.callback.progress import Progress
 from llm.callback.sample import Sample
 from llm.callback.summary import Summary
+from llm.callback.watchdog import Watchdog
 
 __all__ = [
     "Checkpoint",
@@ -18,4 +19,5 @@ __all__ = [
     "Progress",
     "Sample",
     "Summary",
+    "Watchdog",
 ]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm.config.mistake import ConfigError, line
-from llm.exit import forget, record, version
+from llm.exit import final_end, forget, record, version
 from llm.launch.place import LAUNCHER, STORE_FD
 from llm.launch.verdict import Ended, Verdict, judge
 from llm.signals import TOLD
@@ -77,6 +77,9 @@ def launch(
         if store is not None:
             store.close()  # else it would go on accepting connections when rank 0 is gone
         verdict = judge(ranks.wait(), ranks.forwarded)
+    code = final_end(run_dir)
+    if verdict.code != 0 and code is not None and version(run_dir) != before:
+        return code  # the watchdog has said why
     _tell(verdict, run_dir, before)
     return verdict.code
 

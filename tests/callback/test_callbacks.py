@@ -14,6 +14,7 @@ from llm.callback.plot import plot_run
 from llm.callback.record import Record, Row
 from llm.callback.summary import _print as print_summary
 from llm.checkpoint import newest
+from llm.guard import DivergedError
 from llm.run import run
 from llm.signals import PreemptedError
 from tests.runs import Compose, saved
@@ -155,10 +156,12 @@ def test_the_last_step_is_saved_before_the_run_is_summed_up(
     assert newest(tmp_path / "run").name == "step-00000006"  # type: ignore[union-attr]
 
 
-def test_a_diverged_run_goes_on_recording(compose_run: Compose, tmp_path: Path) -> None:
-    run(compose_run("optimizer.lr=1e30", "optimizer.clip_norm=null", "schedule=constant"))
+def test_what_is_recorded_of_a_diverged_run_is_json(compose_run: Compose, tmp_path: Path) -> None:
+    wild = ("optimizer.lr=1e30", "optimizer.clip_norm=null", "schedule=constant", "callback.metrics.every_n_steps=1")
+    with pytest.raises(DivergedError):
+        run(compose_run(*wild))
     rows = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/metrics.jsonl").open()]
-    assert rows[-1]["val/loss"] is None
+    assert rows[-1]["grad/norm"] is None
 
 
 def test_prompts_longer_than_the_context_are_cut(compose_run: Compose, tmp_path: Path) -> None:

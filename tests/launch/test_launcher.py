@@ -287,6 +287,22 @@ def test_signals_that_come_too_early_for_a_rank(
     assert end(tmp_path) == {"code": code, "cause": err.strip(), "rank": int(err.split()[1])}
 
 
+def test_who_ends_the_ranks_has_said_why(start: Start, tmp_path: Path) -> None:
+    """As the watchdog does: that they were killed is no news."""
+    body = f"""
+    sys.path[:0] = [{str(ROOT)!r}]
+    from pathlib import Path
+    from llm.exit import record
+    if rank == 1:
+        record(Path({str(tmp_path)!r}), 76, "hang", 1, final=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    process = start(body + WAIT.replace("\n", "\n    "), grace_s=GRACE_S)
+    assert left(process) == ([], "")
+    assert process.returncode == 76
+    assert end(tmp_path) == {"code": 76, "cause": "hang", "rank": 1, "final": True}
+
+
 @pytest.mark.parametrize("number", TOLD)
 def test_a_signal_waits_until_a_rank_listens(start: Start, number: signal.Signals) -> None:
     """Before that it would end the rank, as it would have ended a rank that had not loaded Python yet."""
