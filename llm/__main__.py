@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -126,12 +128,37 @@ def audit(arguments: Sequence[str]) -> None:
             sys.exit(74)
 
 
+def verify(arguments: Sequence[str]) -> None:
+    """Prove that runs of a configuration survive interruptions bit for bit: a short one, interrupted and continued."""
+    parser = _Parser("python -m llm verify", description=verify.__doc__)
+    parser.add_argument("--steps", type=int, default=12, help="of the short run, at least 8")
+    parser.add_argument("--out", type=Path, help="directory to make, for certificate.json (default runs/verify-TIME)")
+    options, overrides = parser.parse_known_args(list(arguments))
+    if options.steps < 8:
+        parser.error(f"--steps {options.steps}: give at least 8")
+    out = options.out or Path("runs") / time.strftime("verify-%Y-%m-%d_%H-%M-%S")
+    if out.exists() and any(out.iterdir()):
+        parser.error(f"--out {out}: is not empty; give another directory")
+    cfg = _compose(overrides)
+    from llm import verify as certificate
+
+    made = certificate.plan(cfg, overrides, options.steps)
+    print(f"{out}: {options.steps} steps at a time", flush=True)
+    rows = certificate.verify(made, out, certificate.train_in_process, partial(print, flush=True))
+    passed = certificate.write_certificate(out, made, rows)
+    print(certificate.table(rows))
+    print(f"{out / 'certificate.json'}: {'passed' if passed else 'NOT PASSED'}")
+    if not passed:
+        sys.exit(1)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare": prepare,
     "generate": generate,
     "import": import_weights,
     "export": export_weights,
     "audit": audit,
+    "verify": verify,
 }
 
 

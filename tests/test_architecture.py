@@ -66,7 +66,8 @@ FLOORS: dict[str, set[str]] = {
         "strategy",
     },
     "audit": {"checkpoint", "config", "data", "ledger"},
-    "__main__": {"audit", "run", "exit", "config", "checkpoint", "data", "generate"},
+    "verify": {"checkpoint", "config", "ledger"},
+    "__main__": {"audit", "verify", "run", "exit", "config", "checkpoint", "data", "generate"},
     "__init__": set(),
     "train": {"run", "config", "exit", "launch", "signals", "strategy"},
 }
@@ -75,7 +76,7 @@ LIBRARIES: dict[str, set[str]] = {
     "lightning": {"objective", "strategy", "callback", "data/module.py", "build", "run"},
     "torch.distributed": {"strategy", "checkpoint", "reduce"},
     "hydra": {"train", "__main__", "build", "run", "audit", "config", "launch"},
-    "omegaconf": {"train", "__main__", "build", "run", "agree", "audit", "config", "launch"},
+    "omegaconf": {"verify", "train", "__main__", "build", "run", "agree", "audit", "config", "launch"},
     "pydantic": {"config"},
     "transformers": {"tokenizer", "checkpoint/huggingface/gguf.py"},
     "tokenizers": {"tokenizer"},

@@ -6,6 +6,7 @@ from llm.callback.ledger import Ledger
 from llm.callback.metrics import Metrics
 from llm.callback.preempt import Preempt
 from llm.callback.progress import Progress
+from llm.callback.rehearsal import Rehearsal
 from llm.callback.sample import Sample
 from llm.callback.summary import Summary
 from llm.callback.watchdog import Watchdog
@@ -17,6 +18,7 @@ __all__ = [
     "Metrics",
     "Preempt",
     "Progress",
+    "Rehearsal",
     "Sample",
     "Summary",
     "Watchdog",
