@@ -79,6 +79,20 @@ def test_preempted_run_equals_uninterrupted(
     assert rows(whole_runs[optimizer]) == rows(tmp_path / "run")
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_rounding_does_not_matter(compose_run: Compose, tmp_path: Path, precision: str) -> None:
+    """Bit for bit in bfloat16, too."""
+    settings = (f"trainer.precision={precision}", "trainer.max_steps=4")
+    run(compose_run(*settings, f"run_dir={tmp_path / 'whole'}"))
+    with pytest.raises(PreemptedError):
+        run(
+            compose_run(*settings, "+callback.signal={_target_: tests.test_resume.Signal, step: 2}", "packages=[tests]")
+        )
+    run(compose_run(*settings))
+    assert_same_state(tmp_path / "whole", tmp_path / "run")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "run")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_go_on_with_the_noise_that_was_due(compose_run: Compose, tmp_path: Path, family: str) -> None:
     """Which tokens are hidden, or cut out, in step 4 does not depend on having seen steps 1 to 3."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from llm import ledger
 from llm.signals import PreemptedError
 from llm.strategy import FSDP
 from tests.ranks import run_on_ranks
@@ -96,15 +98,24 @@ def test_ranks_draw_their_own_dropout(corpus: Path, cache_dir: Path, tmp_path: P
     assert not torch.equal(states[0]["torch"], states[1]["torch"])
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [("ddp", "fsdp"), ("fsdp", "ddp"), ("hsdp+tp", "single"), ("single", "fsdp")]
-)
-def test_another_strategy_goes_on(before: str, after: str, corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
-    """Without dropout the losses are those of the run that was never moved."""
-    strategies = {**STRATEGIES, "single": (1, ["strategy=single"])}
+WORLDS = {
+    "single": (1, ["strategy=single"]),
+    "ddp2": (2, ["strategy=ddp"]),
+    "ddp3": (3, ["strategy=ddp"]),
+    "ddp4": (4, ["strategy=ddp"]),
+    "fsdp2": (2, ["strategy=fsdp"]),
+    "fsdp3": (3, ["strategy=fsdp"]),
+    "fsdp4": (4, ["strategy=fsdp"]),
+    "hsdp+tp": STRATEGIES["hsdp+tp"],
+}
 
-    def train(name: str, run: str, max_steps: int) -> None:
-        n, strategy = strategies[name]
+
+@pytest.fixture(scope="module")
+def train_in(corpus: Path, cache_dir: Path) -> Callable[..., None]:
+    """`train_in(world, run_dir, max_steps, …)`: without dropout, which every process draws for itself."""
+
+    def train(name: str, run_dir: Path, max_steps: int, *extra: str) -> None:
+        n, strategy = WORLDS[name]
         settings = [
             *strategy,
             "model.dropout=0",
@@ -114,20 +125,53 @@ def test_another_strategy_goes_on(before: str, after: str, corpus: Path, cache_d
             f"trainer.max_steps={max_steps}",
             f"data.path={corpus}",
             f"data.cache_dir={cache_dir}",
+            "data.batch_size=12",
             "data.micro_batch_size=1",
-            f"run_dir={tmp_path / run}",
+            f"run_dir={run_dir}",
+            *extra,
         ]
-        if n == 1:
-            run_composed(settings)
-        else:
-            run_on_ranks(run_composed, n, settings)
+        run_on_ranks(run_composed, n, settings)
 
-    train(after, "whole", 6)
-    train(before, "moved", 3)
-    train(after, "moved", 6)
-    whole, moved = rows(tmp_path / "whole"), rows(tmp_path / "moved")
-    losses = [[row["train/loss"] for row in run if "train/loss" in row and row["step"] > 4] for run in (whole, moved)]
-    assert len(losses[0]) > 0
+    return train
+
+
+@pytest.fixture(scope="module")
+def unmoved(train_in: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    run_dir = tmp_path_factory.mktemp("unmoved")
+    train_in("single", run_dir, 6)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("single", "ddp2"),
+        ("single", "fsdp2"),
+        ("ddp2", "single"),
+        ("ddp2", "ddp4"),
+        ("ddp2", "fsdp2"),
+        ("fsdp2", "ddp2"),
+        ("fsdp2", "fsdp4"),
+        ("ddp4", "ddp3"),
+        ("fsdp4", "fsdp3"),
+        ("hsdp+tp", "single"),
+    ],
+)
+def test_another_world_goes_on(
+    before: str, after: str, train_in: Callable[..., None], unmoved: Path, tmp_path: Path
+) -> None:
+    """The loaded weights to the bit, the same batches in the same order, and the losses of the run that never moved."""
+    train_in(before, tmp_path, 3)
+    step = saved(tmp_path)
+    train_in(after, tmp_path, 6, "+callback.rehearsal={_target_: llm.callback.Rehearsal, fault: none}")
+    loaded = saved(tmp_path / "loaded")
+    torch.testing.assert_close(loaded["state_dict"], step["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(loaded["optimizer"], step["optimizer"], rtol=0, atol=0)
+    assert len(step["optimizer"]) > 0
+    one, two = ledger.read(unmoved), ledger.read(tmp_path)
+    assert [two.steps[n]["samples"] for n in range(1, 7)] == [one.steps[n]["samples"] for n in range(1, 7)]
+    losses = [[float.fromhex(account.steps[n]["loss"]) for n in range(1, 7)] for account in (one, two)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 
 
