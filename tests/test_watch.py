@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch.distributed
 from lightning.pytorch.callbacks import Callback
 
+from llm.watch import sidecar
 from llm.watch.heart import Heart, Pulse, path_of, read
 from llm.watch.judge import Judge, Seen, late
 from tests.ranks import RankError, run_on_ranks
@@ -133,6 +135,18 @@ def test_median_of_the_last_hundred_steps() -> None:
 def test_who_is_late(beats: list[int], states: str, waits: tuple[int, ...], expected: list[int]) -> None:
     ranks = {rank: Seen(Pulse(rank, True, 1, n), states[rank], bool(waits[rank])) for rank, n in enumerate(beats)}
     assert late(ranks) == expected
+
+
+def test_nodes_tell_each_other_what_they_saw(tmp_path: Path) -> None:
+    """So that each names the same rank."""
+    nodes = [sidecar.Watched(tmp_path, first, 2, 4, 30.0, 10.0) for first in (0, 2)]
+    ranks = {rank: Seen(Pulse(100 + rank, True, 7, 9 - (rank == 3)), "S", rank != 3) for rank in range(4)}
+    nodes[0].folder.mkdir()
+    seen = [{rank: ranks[rank] for rank in node.ranks} for node in nodes]
+    with ThreadPoolExecutor(2) as pool:
+        others = list(pool.map(sidecar._elsewhere, nodes, seen))
+    assert others == [seen[1], seen[0]]
+    assert late({**seen[0], **others[0]}) == [3]
 
 
 class Hang(Callback):

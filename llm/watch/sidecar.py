@@ -52,7 +52,7 @@ class Watched:
 def start_sidecar(run_dir: Path, here: Place, floor_s: float, factor: float) -> subprocess.Popen[bytes]:
     """Called by the first rank of each node; the sidecar ends with it."""
     first = here.rank - here.local_rank
-    arguments = [run_dir, first, here.local_world_size, here.world_size, floor_s, factor]
+    arguments = [os.getpid(), run_dir, first, here.local_world_size, here.world_size, floor_s, factor]
     path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-m", "llm.watch", *map(str, arguments)],
@@ -66,12 +66,12 @@ def stacks_path(folder: Path, rank: int) -> Path:
     return path_of(folder, rank).with_suffix(".stacks")
 
 
-def watch(watched: Watched) -> None:
-    """Look until a step takes too long; then say so, and end the ranks."""
+def watch(watched: Watched, parent: int) -> None:
+    """Look until a step takes too long; then say so, and end the ranks. Ends with the process that started it."""
     die_with_parent()
     judge = Judge(watched.floor_s, watched.factor)
     _seen_path(watched).unlink(missing_ok=True)  # of an earlier attempt
-    while True:
+    while os.getppid() == parent:
         time.sleep(_POLL_S)
         seen = look(watched)
         took_s = judge.look(time.monotonic(), seen)
@@ -128,11 +128,13 @@ def _elsewhere(watched: Watched, seen: dict[int, Seen]) -> dict[int, Seen]:
     temporary = _seen_path(watched).with_suffix(".tmp")
     temporary.write_text(json.dumps(mine))
     os.replace(temporary, _seen_path(watched))
-    time.sleep(_OTHERS_S)
-    found = {}
-    for path in watched.folder.glob("seen-*.json"):
-        for rank, (*pulse, state, waits) in json.loads(path.read_text()).items():
-            found[int(rank)] = Seen(Pulse(*pulse), state, waits)
+    found: dict[int, Seen] = {}
+    deadline = time.monotonic() + _OTHERS_S
+    while len(found) < watched.world_size and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        for path in watched.folder.glob("seen-*.json"):
+            for rank, (*pulse, state, waits) in json.loads(path.read_text()).items():
+                found[int(rank)] = Seen(Pulse(*pulse), state, waits)
     return {rank: one for rank, one in found.items() if rank not in seen}
 
 
