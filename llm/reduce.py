@@ -130,9 +130,11 @@ class Reading:
     """Numbers on their way from the device to the host; nobody waits until they are asked for."""
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.detach().to("cpu", non_blocking=True)
-        self._event = torch.cuda.Event() if values.is_cuda else None
-        if self._event is not None:
+        self._event: torch.cuda.Event | None = None
+        self._values = values.detach()
+        if values.is_cuda:  # into memory that is not pinned, the host would have to wait for the copy
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
             self._event.record()
 
     def read(self) -> list[float]:
