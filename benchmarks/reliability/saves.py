@@ -20,8 +20,8 @@ from llm.strategy import Stored
 from tests.runs import run_composed
 
 SIZES = {
-    "10M": ["model.dim=384", "model.n_layers=6", "model.n_heads=6", "model.ffn_dim=1024"],
-    "100M": ["model.dim=896", "model.n_layers=10", "model.n_heads=14", "model.ffn_dim=2432"],
+    "10M": ["model.dim=384", "model.n_layers=6", "model.n_heads=6", "model.ffn_dim=1536"],
+    "100M": ["model.dim=896", "model.n_layers=10", "model.n_heads=14", "model.ffn_dim=3808"],
 }
 N_SAVES = 5
 
