@@ -25,7 +25,7 @@ from llm import signals
 from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, vocab_size
 from llm.build import build, built
 from llm.callback import Preempt
-from llm.checkpoint import find, newest_verified, read_state, remove_after, set_aside_damaged, steps, sweep
+from llm.checkpoint import find, newest_verified, oldest_verified, read_state, remove_after, set_aside_damaged, sweep
 from llm.config import ConfigError, check, wandb_offline
 from llm.data import TextData
 from llm.exit import RunExistsError, as_rank, finished, guarded, recorded, write_end
@@ -209,7 +209,8 @@ def _attempt(
         try:
             with together.naming_lost():
                 _entered(trainer.fit, objective, datamodule=data, ckpt_path=found)
-        except RollBackError as error:
+        except RollBackError as error:  # on all processes
+            trainer.strategy.finish_saving()  # in the background, of a step before
             _finish_wandb(trainer)
             return error.window
         if not trainer.is_global_zero:
@@ -220,13 +221,15 @@ def _attempt(
 
 
 def _go_back(run_dir: Path, window: Window, found: str | None) -> str | None:
-    """The checkpoint that lies before the window, or the first there is; those after it are of what is undone."""
-    checkpoints = steps(run_dir)
-    before = [path for path in checkpoints if int(path.name.removeprefix("step-")) <= window.first]
-    target = before[-1] if before else checkpoints[0] if checkpoints else None
+    """The checkpoint that lies before the window, or the first there is; those after it are of what is undone.
+
+    Raises:
+        CheckpointError: if there are checkpoints, and all are damaged.
+    """
+    target = newest_verified(run_dir, window.first) or oldest_verified(run_dir)
     if target is not None:
         remove_after(target)
-        found = str(find(target))
+        found = str(target)
     without = f"without batches {window.first} to {window.last}"
     _log.warning("step %d: %s; back to %s, %s", window.step, window.cause, found or "the start", without)
     return found

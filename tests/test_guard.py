@@ -156,6 +156,29 @@ def test_rollback_goes_before_the_window_and_on_without_it(
     assert "step-00000008" in str(newest(tmp_path / "back"))
 
 
+class Damage(Callback):
+    """Cuts a file of a checkpoint, some steps later."""
+
+    def __init__(self, checkpoint: int, step: int) -> None:
+        self.checkpoint, self.step = checkpoint, step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
+        if trainer.global_step == self.step:
+            step = Path(trainer.default_root_dir) / f"checkpoints/step-{self.checkpoint:08d}"
+            file = next(step.glob("tensors-*.safetensors"))
+            file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(("damaged", "target"), [(4, 2), (2, 4)])
+def test_rollback_verifies_before_it_removes(compose_run: Compose, tmp_path: Path, damaged: int, target: int) -> None:
+    """The one before is as good; where there is none, a later one has to do."""
+    guard = ("guard=rollback", f"guard.window={2 if damaged == 4 else 4}", "callback.checkpoint.background=true")
+    damage = f"+callback.damage={{_target_: tests.test_guard.Damage, checkpoint: {damaged}, step: 5}}"
+    run(compose_run(*RUN, *guard, *poison([5]), damage))
+    events = [event for event in ledger.read(tmp_path / "run").events if event["event"] == "rollback"]
+    assert [event["step"] for event in events] == [target]
+
+
 def test_attempts_are_counted(compose_run: Compose, tmp_path: Path) -> None:
     always, once = poison(list(range(3, 8))), "callback.checkpoint.every_n_train_steps=100"
     with pytest.raises(DivergedError, match=r"gone back to the start 2 times \(guard.attempts\)"):

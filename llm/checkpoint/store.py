@@ -54,13 +54,13 @@ def newest(run_dir: str | Path) -> Path | None:
     return next(reversed(steps(run_dir)), None)
 
 
-def newest_verified(run_dir: str | Path) -> Path | None:
-    """The checkpoint of the highest step that is as it was written; None where there are no checkpoints at all.
+def newest_verified(run_dir: str | Path, up_to: int | None = None) -> Path | None:
+    """The checkpoint of the highest step, up to `up_to`, that is as it was written; None where there are none at all.
 
     Raises:
-        CheckpointError: if there are some, and all of them are damaged.
+        CheckpointError: if there are some, and all of them are damaged; not if `up_to` leaves out others.
     """
-    found = steps(run_dir)
+    found = [step for step in steps(run_dir) if up_to is None or (_step_of(step) or 0) <= up_to]
     lines: list[str] = []
     for step in reversed(found):
         problem = _damage(step)
@@ -69,12 +69,18 @@ def newest_verified(run_dir: str | Path) -> Path | None:
                 log.warning("%s; going back to %s", line, step.name)
             return step
         lines.append(problem)
-    if found:
+    if found and up_to is None:
         raise CheckpointError(
             f"{run_dir}: no checkpoint is whole - copy one back, or start another run\n"
             + "\n".join(f"  {line}" for line in lines)
         )
     return None
+
+
+def oldest_verified(run_dir: str | Path) -> Path | None:
+    """The checkpoint of the lowest step that is as it was written; else as `newest_verified`."""
+    whole = (step for step in steps(run_dir) if _damage(step) is None)
+    return next(whole, None) or newest_verified(run_dir)
 
 
 def find(path: str | Path) -> Path:
