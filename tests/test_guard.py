@@ -164,6 +164,7 @@ class Damage(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any) -> None:
         if trainer.global_step == self.step:
+            trainer.strategy.finish_saving()  # type: ignore[attr-defined]
             step = Path(trainer.default_root_dir) / f"checkpoints/step-{self.checkpoint:08d}"
             file = next(step.glob("tensors-*.safetensors"))
             file.write_bytes(file.read_bytes()[:-100])
