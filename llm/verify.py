@@ -107,7 +107,7 @@ def verify(made: Plan, out: Path, train: Train, say: Callable[[str], None] = pri
     quarter = made.n_steps // 4
     at_all, at_one, in_save = quarter + 2, 2 * quarter + 1, 3 * quarter
     faults = (
-        ("SIGINT", at_all, f"Ctrl-C in step {at_all}", {130}),
+        ("SIGUSR1", at_all, f"SIGUSR1 to all in step {at_all}", {75}),
         ("SIGTERM", at_one, f"SIGTERM to one process in step {at_one}", {75}),
         ("SIGKILL", in_save, f"SIGKILL in the save of step {in_save}", {137, -9}),
     )

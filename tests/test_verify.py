@@ -127,7 +127,7 @@ def test_all_is_well(passed: Path) -> None:
     by_run: dict[str, list[str]] = {}
     for row in certificate["rows"]:
         by_run.setdefault(row["run"], []).append(row["part"])
-    bitwise = ["undisturbed, again", "Ctrl-C in step 4", "SIGTERM to one process in step 5"]
+    bitwise = ["undisturbed, again", "SIGUSR1 to all in step 4", "SIGTERM to one process in step 5"]
     assert by_run == {
         **{name: list(PARTS) for name in [*bitwise, "SIGKILL in the save of step 6"]},
         "from 1 to 2 processes": ["loaded weights", "loaded optimizer", "batches", "losses"],

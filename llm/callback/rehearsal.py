@@ -20,13 +20,15 @@ class Rehearsal(Callback):
     """Interrupt a run where nobody could wish it, or write down what it has loaded.
 
     Args:
-        fault: SIGINT, as Ctrl-C sends it to all processes; SIGTERM, to the last one; SIGKILL, of the first one when all
+        fault: SIGUSR1, to all processes; SIGTERM, to the last one; SIGKILL, of the first one when all
             files of a checkpoint are written and it has not got its name yet; none saves what was loaded to
             `RUN/loaded`, before the first step.
         step: during which the signals come, or after which the checkpoint is due.
     """
 
-    def __init__(self, fault: Literal["SIGINT", "SIGTERM", "SIGKILL", "none"], step: Annotated[int, Gt(0)] = 1) -> None:
+    def __init__(
+        self, fault: Literal["SIGUSR1", "SIGTERM", "SIGKILL", "none"], step: Annotated[int, Gt(0)] = 1
+    ) -> None:
         self.fault = fault
         self.step = step
 
@@ -40,7 +42,7 @@ class Rehearsal(Callback):
     ) -> None:
         """Told in the middle of a step."""
         last = trainer.global_rank == trainer.world_size - 1
-        if trainer.global_step == self.step - 1 and (self.fault == "SIGINT" or (self.fault == "SIGTERM" and last)):
+        if trainer.global_step == self.step - 1 and (self.fault == "SIGUSR1" or (self.fault == "SIGTERM" and last)):
             os.kill(os.getpid(), signal.Signals[self.fault])
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

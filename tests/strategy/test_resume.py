@@ -24,6 +24,7 @@ from tests.test_resume import rows
 STRATEGIES = {
     "ddp": (2, ["strategy=ddp"]),
     "fsdp": (2, ["strategy=fsdp"]),
+    "fsdp bf16": (2, ["strategy=fsdp", "trainer.precision=bf16-mixed"]),
     "hsdp+tp": (4, ["strategy=fsdp", "strategy.replicate_size=2", "strategy.tensor_parallel_size=2"]),
 }
 
@@ -51,7 +52,14 @@ def preempted(overrides: list[str]) -> tuple[str, int]:
 
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [("ddp", "adamw"), ("ddp", "muon"), ("fsdp", "adamw"), ("fsdp", "muon"), ("hsdp+tp", "adamw")],
+    [
+        ("ddp", "adamw"),
+        ("ddp", "muon"),
+        ("fsdp", "adamw"),
+        ("fsdp", "muon"),
+        ("hsdp+tp", "adamw"),
+        ("fsdp bf16", "adamw"),
+    ],
 )
 def test_preempted_run_equals_uninterrupted(
     name: str, optimizer: str, corpus: Path, cache_dir: Path, tmp_path: Path
