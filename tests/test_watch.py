@@ -194,6 +194,7 @@ def test_a_hung_rank_is_named(corpus: Path, cache_dir: Path, tmp_path: Path, how
         "~callback.sample",
         "+callback.watchdog={_target_: llm.callback.Watchdog, floor_s: 1.0, factor: 2.0}",
         f"+callback.hang={{_target_: tests.test_watch.Hang, how: {how}}}",
+        f"data.num_workers={int(how == 'fifo')}",
         "packages=[tests]",
     ]
     with pytest.raises(RankError):
@@ -205,3 +206,4 @@ def test_a_hung_rank_is_named(corpus: Path, cache_dir: Path, tmp_path: Path, how
     first, second = text.split("==== stacks of rank ")[1:]
     assert f"in {how}" in second, "the very place where it hangs"
     assert "global_share" in first
+    assert ("_worker_loop" in first and "_worker_loop" in second) == (how == "fifo"), "of loader workers, too"

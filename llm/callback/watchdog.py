@@ -41,8 +41,8 @@ class Watchdog(Callback):
         self._stacks: TextIO | None = None
         self._warm = False  # the first step of a process may compile
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on the sidecar looks."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Before there are loader workers, which inherit how to show a stack."""
         here, run_dir = place(), Path(trainer.default_root_dir)
         try:
             self._heart = Heart(run_dir / FOLDER, here.rank)
@@ -52,8 +52,12 @@ class Watchdog(Callback):
             return
         faulthandler.register(signal.SIGQUIT, self._stacks, all_threads=True)
         self._warm = False
-        if here.local_rank == 0:
-            self._sidecar = start_sidecar(run_dir, here, self.floor_s, self.factor)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on the sidecar looks."""
+        here = place()
+        if here.local_rank == 0 and self._heart is not None:
+            self._sidecar = start_sidecar(Path(trainer.default_root_dir), here, self.floor_s, self.factor)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

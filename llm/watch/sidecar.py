@@ -164,8 +164,19 @@ def _stacks(watched: Watched, seen: dict[int, Seen]) -> dict[int, str]:
 
 
 def _quit(pid: int) -> None:
-    """To the main thread: that of the process may be answered by any."""
-    ctypes.CDLL(None).tgkill(pid, pid, int(signal.SIGQUIT))
+    """To the main thread, as any thread may answer what is sent to the process; where it would end the process, not."""
+    if _answers(pid):
+        ctypes.CDLL(None).tgkill(pid, pid, int(signal.SIGQUIT))
+
+
+def _answers(pid: int) -> bool:
+    """Whether a process has a handler for SIGQUIT."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return False
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt"))
+    return bool(caught >> (signal.SIGQUIT - 1) & 1)
 
 
 def _settled(watched: Watched, seen: dict[int, Seen]) -> None:
