@@ -7,6 +7,7 @@ another number of processes. Everything that a run leaves is compared with what 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -80,7 +81,7 @@ def plan(cfg: DictConfig, overrides: Sequence[str], n_steps: int) -> Plan:
         "trainer.max_epochs": "null",
         "trainer.val_check_interval": n_steps // 2,
         "callback.checkpoint.every_n_train_steps": n_steps // 4,
-        "callback.checkpoint.save_top_k": -1,
+        "callback.checkpoint.save_top_k": 1,
         "callback.metrics.every_n_steps": 2,
         "callback.ledger.every_n_steps": 2,
         "schedule.warmup_steps": min(cfg.schedule.get("warmup_steps", 0), n_steps // 4),
@@ -103,7 +104,7 @@ def plan(cfg: DictConfig, overrides: Sequence[str], n_steps: int) -> Plan:
 
 
 def verify(made: Plan, out: Path, train: Train, say: Callable[[str], None] = print) -> list[Row]:
-    """Run the plan in `out`; one row for each comparison."""
+    """Run the plan in `out`; one row for each comparison. The undisturbed run stays, and those that differ."""
     quarter = made.n_steps // 4
     at_all, at_one, in_save = quarter + 2, 2 * quarter + 1, 3 * quarter
     faults = (
@@ -117,19 +118,20 @@ def verify(made: Plan, out: Path, train: Train, say: Callable[[str], None] = pri
         return runs.rows
     again = runs.whole("again", "undisturbed, again")
     if again is not None:
-        runs.rows += compare("undisturbed, again", straight, again)
+        runs.add(again, compare("undisturbed, again", straight, again))
     for fault, step, name, codes in faults:
         run_dir = runs.interrupted(fault, step, name, codes)
         if run_dir is not None:
-            runs.rows += compare(name, straight, run_dir)
+            runs.add(run_dir, compare(name, straight, run_dir))
     if made.other is None:
         say(f"not compared: another number of processes: {made.why_not}")
         return runs.rows
     reference = runs.whole("plain", "without dropout", made.without_dropout) if made.without_dropout else straight
     name = f"from {made.n_processes} to {made.n_other} processes"
-    changed = runs.interrupted("SIGTERM", at_all, name, {75}, made.without_dropout, made.other)
+    extra = [*made.without_dropout, "callback.checkpoint.save_top_k=-1"]  # what was loaded is looked at afterwards
+    changed = runs.interrupted("SIGTERM", at_all, name, {75}, extra, made.other)
     if reference is not None and changed is not None:
-        runs.rows += compare_worlds(name, reference, changed, made.tolerance)
+        runs.add(changed, compare_worlds(name, reference, changed, made.tolerance))
     return runs.rows
 
 
@@ -142,6 +144,12 @@ class Runs:
     train: Train
     say: Callable[[str], None]
     rows: list[Row] = field(default_factory=list)
+
+    def add(self, run_dir: Path, rows: list[Row]) -> None:
+        """Rows of a run, which is then of no more use if it is as it has to be: checkpoints are large."""
+        self.rows += rows
+        if all(row.equal for row in rows):
+            shutil.rmtree(run_dir)
 
     def whole(self, folder: str, name: str, extra: Sequence[str] = ()) -> Path | None:
         """A run that nothing disturbs; None if it fails, which is a row."""

@@ -121,6 +121,7 @@ def passed(made: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_is_well(passed: Path) -> None:
+    assert sorted(path.name for path in passed.iterdir() if path.is_dir()) == ["plain", "straight"]
     certificate = json.loads((passed / "certificate.json").read_text())
     assert certificate["passed"] is True
     assert set(certificate["versions"]) >= {"python", "torch"}
