@@ -265,7 +265,7 @@ def test_each_signal_is_passed_on_once(start: Start, number: signal.Signals) -> 
     while len(seen) < 2: os.read(came, 1)
     os.kill(worker, signal.SIGKILL)
     """
-    process = start(body, n=2, grace_s=GRACE_S)
+    process = start(body)
     assert say(process, 2) == ["ready"] * 2
     for n in (1, 2):
         os.killpg(process.pid, number)
