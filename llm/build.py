@@ -11,11 +11,11 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loops import _FitLoop
 from omegaconf import DictConfig, OmegaConf
 
 from llm.config import ConfigError
 from llm.launch import place
+from llm.loop import EpochLoop, FitLoop
 from llm.strategy import Environment
 
 
@@ -43,21 +43,11 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
         enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
         enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
     )
-    trainer.fit_loop.__class__ = _ToTheEnd
-    # Among several processes it broadcasts in every batch, and waits for the device, to learn of a SIGTERM.
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    trainer.fit_loop.__class__ = FitLoop
+    trainer.fit_loop.epoch_loop.__class__ = EpochLoop
     # Its handlers broadcast from inside the handler, and end a run that was told to go as if it were done.
     trainer._signal_connector.register_signal_handlers = lambda: None
     return trainer, built(cfg.objective)
-
-
-class _ToTheEnd(_FitLoop):
-    """A run that was interrupted when all its steps were made still has its end to come: the last validation, the
-    curves, the summary. Lightning would return at once."""
-
-    @property
-    def skip(self) -> bool:
-        return False
 
 
 def built(node: DictConfig, **arguments: Any) -> Any:

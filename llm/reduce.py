@@ -5,7 +5,7 @@ Without an initialised process group every function is the identity, so a single
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -74,8 +74,9 @@ def rank() -> int:
     return dist.get_rank() if _distributed() else 0
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients down to the L2 norm `max_norm`, together; returns their norm before that. No host sync.
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale the gradients down to the L2 norm `max_norm` (None: leave them), together; returns their norm before that.
+    No host sync.
 
     Gradients may be spread over processes, and not all of them in the same way: torch's own function stacks the norms
     of all parameters, which is refused across meshes.
@@ -85,9 +86,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
         if parameter.grad is not None:
             by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
     norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
-    norm = torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
-    for group in by_mesh.values():
-        nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    if max_norm is not None:
+        for group in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 
@@ -144,46 +147,69 @@ class Reading:
         return self._values.tolist()
 
 
+Summand = Tensor | float
+
+
 class Totals:
     """Named running (sum, count) pairs that stay on the device until one packed read.
 
     Logging a value each step through Lightning costs about 300 us and, on the progress bar, a host sync. Here a step
-    adds into one small tensor and `reduce` makes a single collective and a single host copy for all names.
+    puts its scalars into a list; they are added up, one step after the other, when somebody wants to know, and `reduce`
+    makes a single collective and a single host copy for all names.
     """
+
+    _ROOM = 128  # steps: so many scalars may wait on a device
 
     def __init__(self) -> None:
         self.names: list[str] = []
-        self.values: Tensor | None = None  # [n_names, 2] float64: sum and count of each name
+        self._values: Tensor | None = None  # [n_names, 2] float64: sum and count of each name
+        self._waiting: list[list[Summand]] = []  # of each step: sum and count of each name, in turn
 
-    def add(self, parts: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def add(self, parts: Mapping[str, tuple[Summand, Summand]]) -> None:
         """Add `{name: (sum, count)}`, scalars on one device. The names must be the same in every call."""
-        update = torch.stack([torch.stack((total, count)) for total, count in _as_float64(parts)])
-        if self.values is None:
-            self.names, self.values = list(parts), update
-            return
+        if not self.names:
+            self.names = list(parts)
         assert self.names == list(parts), f"a step added {list(parts)}, earlier steps {self.names}"
-        self.values = self.values.to(update.device).add_(update)
+        self._waiting.append([x.detach() if isinstance(x, Tensor) else x for pair in parts.values() for x in pair])
+        if len(self._waiting) >= self._ROOM:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        """In order, so that the sum does not depend on when it was looked at."""
+        steps, self._waiting = self._waiting, []
+        if not steps:
+            return
+        columns = [_as_float64(column) for column in zip(*steps, strict=True)]
+        device = next((column.device for column in columns if column.device.type != "cpu"), columns[0].device)
+        updates = torch.stack([column.to(device) for column in columns], dim=1).view(len(steps), -1, 2)
+        values = torch.zeros_like(updates[0]) if self._values is None else self._values.to(device)
+        for update in updates:
+            values += update
+        self._values = values
 
     def reduce(self) -> dict[str, tuple[float, float]]:
         """`{name: (sum, count)}` over all processes since the last call, then start again from zero. One host sync."""
-        if self.values is None:
+        self._add_up()
+        if self._values is None:
             return {}
-        pairs = all_sum(self.values).tolist()
-        self.values = None
-        return {name: (total, count) for name, (total, count) in zip(self.names, pairs, strict=True)}
+        pairs = all_sum(self._values).tolist()
+        names, self.names, self._values = self.names, [], None
+        return {name: (total, count) for name, (total, count) in zip(names, pairs, strict=True)}
 
     def peek(self, name: str) -> float:
         """The running sum of `name` over all processes, which goes on. One host sync."""
-        if self.values is None:
+        self._add_up()
+        if self._values is None:
             return 0.0
-        return all_sum(self.values[self.names.index(name), 0].clone()).item()
+        return all_sum(self._values[self.names.index(name), 0].clone()).item()
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint needs so that a resumed run's next log row equals the uninterrupted run's.
 
         The sums over all processes, each of which calls this, whichever of them writes the checkpoint.
         """
-        return {"names": list(self.names), "values": None if self.values is None else all_sum(self.values.clone())}
+        self._add_up()
+        return {"names": list(self.names), "values": None if self._values is None else all_sum(self._values.clone())}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
         """Continue the sums of `state_dict`: in one process, as they will be added up again."""
@@ -191,12 +217,14 @@ class Totals:
         assert isinstance(names, list)
         assert values is None or isinstance(values, Tensor)
         first = not _distributed() or dist.get_rank(_data_group) == 0
-        self.names, self.values = names, values if first or values is None else torch.zeros_like(values)
+        self.names, self._waiting = names, []
+        self._values = values if first or values is None else torch.zeros_like(values)
 
 
-def _as_float64(parts: dict[str, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Detached doubles: sums of millions of token losses keep all their digits."""
-    return [(total.detach().double(), count.detach().double()) for total, count in parts.values()]
+def _as_float64(values: Sequence[Summand]) -> Tensor:
+    """Doubles: sums of millions of token losses keep all their digits."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return torch.stack(tensors).double() if tensors else torch.tensor(values, dtype=torch.float64)
 
 
 def _distributed() -> bool:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -20,6 +22,8 @@ from llm.reduce import (
     use,
 )
 from tests.ranks import run_on_ranks
+
+finite = st.floats(-1e6, 1e6, width=32)
 
 
 def part(total: float, count: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,3 +169,17 @@ def test_clipping_over_mixed_meshes(limit: float) -> None:
     for got, gradients in run_on_ranks(clipped, 4, limit):
         assert got == pytest.approx(norm.item(), rel=1e-6)
         torch.testing.assert_close(gradients, [parameter.grad for parameter in plain])
+
+
+@given(steps=st.lists(st.tuples(finite, st.integers(0, 2**40), st.booleans()), min_size=1, max_size=300))
+def test_totals_do_not_depend_on_who_looks(steps: list[tuple[float, int, bool]]) -> None:
+    """Bit for bit one addition after the other, in float64, whenever they are looked at."""
+    looked, left, total, count = Totals(), Totals(), 0.0, 0
+    for value, n, look in steps:
+        for totals in (looked, left):
+            totals.add({"loss": (torch.tensor(value), torch.tensor(n)), "steps": (1, 1)})
+        total, count = total + value, count + n
+        if look:
+            looked.peek("loss")
+    expected = {"loss": (total, float(count)), "steps": (float(len(steps)),) * 2}
+    assert looked.reduce() == left.reduce() == expected

@@ -2,6 +2,7 @@
 
 from llm.callback.checkpoint import Checkpoint
 from llm.callback.due_validation import DueValidation
+from llm.callback.garbage import Garbage
 from llm.callback.ledger import Ledger
 from llm.callback.metrics import Metrics
 from llm.callback.preempt import Preempt
@@ -14,6 +15,7 @@ from llm.callback.watchdog import Watchdog
 __all__ = [
     "Checkpoint",
     "DueValidation",
+    "Garbage",
     "Ledger",
     "Metrics",
     "Preempt",

@@ -36,7 +36,8 @@ class Ledger(Callback):
 
     def __init__(self, every_n_steps: Annotated[int, Gt(0)] = 10) -> None:
         self.every_n_steps = every_n_steps
-        self._steps: list[tuple[Step, Tensor, Tensor]] = []  # ids and (sum, count) of this process
+        # Ids of each micro-batch, and the loss's sum and count, of this process.
+        self._steps: list[tuple[Step, list[Tensor], tuple[Tensor, Tensor]]] = []
         self._chain: str | None = None  # where the checkpoint that the run goes on from had got to
         self._ledger: ledger.Ledger | None = None
 
@@ -66,9 +67,9 @@ class Ledger(Callback):
     ) -> None:
         """Keep what the step consumed."""
         assert isinstance(pl_module, Objective)
-        samples = torch.cat([micro_batch["samples"] for micro_batch in batch.micro_batches])
+        samples = [micro_batch["samples"] for micro_batch in batch.micro_batches]
         step = Step(trainer.global_step, batch.index, pl_module.skipped)
-        self._steps.append((step, samples, torch.stack(pl_module.step_loss).double()))
+        self._steps.append((step, samples, pl_module.step_loss))
         if trainer.global_step % self.every_n_steps == 0 or pl_module.trouble is not None:
             self._write()
 
@@ -89,9 +90,12 @@ class Ledger(Callback):
         """One gathering for all steps since the last write; every process calls this."""
         if not self._steps:
             return
-        mine = torch.stack([samples for _, samples, _ in self._steps])  # [steps, rows]
+        mine = torch.cat([ids for _, samples, _ in self._steps for ids in samples]).view(len(self._steps), -1)
         samples = all_gather(mine).transpose(0, 1).flatten(1).tolist()  # [steps, processes x rows]
-        losses = all_sum(torch.stack([loss for _, _, loss in self._steps])).tolist()
+        totals, counts = (
+            torch.stack(values).double() for values in zip(*(loss for *_, loss in self._steps), strict=True)
+        )
+        losses = all_sum(torch.stack((totals, counts), dim=1)).tolist()
         steps, self._steps = self._steps, []
         if self._ledger is None:
             return

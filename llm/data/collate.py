@@ -38,6 +38,16 @@ class Step:
         pinned = [{name: value.pin_memory() for name, value in batch.items()} for batch in self.micro_batches]
         return Step(self.index, pinned)
 
+    def to(self, device: torch.device, non_blocking: bool = True) -> Step:
+        """Lightning's way to move a batch; from page-locked memory the host does not wait for it."""
+        if device.type == "cpu":
+            return self
+        moved = [
+            {name: value.to(device, non_blocking=non_blocking) for name, value in batch.items()}
+            for batch in self.micro_batches
+        ]
+        return Step(self.index, moved)
+
 
 def assemble(rows: Rows, chosen: np.ndarray, document_mask: bool, pad_id: int) -> dict[str, np.ndarray]:
     """Rows `chosen` of one source as tokens, labels, documents, positions, all int64 [B, T]; -1 gives an empty row."""

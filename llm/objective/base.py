@@ -174,9 +174,8 @@ class Objective(L.LightningModule):
         if self.skipped is not None:
             return
         sides = [m[side] for m in batch.micro_batches for side in ("documents", "source_documents") if side in m]
-        n_tokens = torch.stack([(documents > 0).sum() for documents in sides]).sum()  # 0 marks padding
-        one = torch.ones_like(norm)
-        self.train_totals.add({**sums, "n_tokens": (n_tokens, one), "grad_norm": (norm, one)})
+        n_tokens = sum(torch.count_nonzero(documents) for documents in sides)  # 0 marks padding
+        self.train_totals.add({**sums, "n_tokens": (n_tokens, 1), "grad_norm": (norm, 1)})
 
     def _gradient(self, batch: Step) -> dict[str, tuple[Tensor, Tensor]]:
         """The gradient of the whole step; gives name -> (sum, count) of this process."""
@@ -185,12 +184,12 @@ class Objective(L.LightningModule):
         for number, micro_batch in enumerate(batch.micro_batches, 1):
             with self.gradient_sync(last=number == len(batch.micro_batches)):
                 parts = self.losses(micro_batch)
-                trained = {name: part for name, part in parts.items() if part.weight}
-                loss = torch.stack([part.weight * part.total / share[name] for name, part in trained.items()]).sum()
-                self.manual_backward(loss)
+                terms = [_weighed(part) / share[name] for name, part in parts.items() if part.weight]
+                self.manual_backward(terms[0] if len(terms) == 1 else torch.stack(terms).sum())
             for name, (total, count) in self.sums(parts, micro_batch).items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + total.detach(), before[1] + count)
+                before = sums.get(name)
+                total = total.detach()
+                sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
         return sums
 
     # The guard
@@ -208,12 +207,11 @@ class Objective(L.LightningModule):
         """Judge this step if its update has to wait for that; else the one before, whose numbers have arrived by now:
         nobody waits for the device."""
         self.skipped = None
-        values = torch.stack([norm.double(), *(value.double() for value in self.step_loss)])
+        values = norm.unsqueeze(0)  # it says enough, and is that of all processes
         if self.guard.sigma is not None:
+            values = torch.stack([norm.double(), *(value.double() for value in self.step_loss)])
             all_sum(values[1:])
             values = from_first(values)
-        else:  # the norm says enough, and is that of all processes
-            values = values[:1]
         if not self.guard.before_update:
             self.settle()
         self._watched = self.n_batches, Reading(values)
@@ -255,6 +253,11 @@ class Objective(L.LightningModule):
         return {**sums, **{f"loss/{name}": (totals[i], counts[i]) for i, name in enumerate(tasks)}}
 
     @property
+    def by_row(self) -> bool:
+        """Whether somebody will ask for the loss of single rows: validation, and several tasks in one run."""
+        return not self.training or len(self.task_names) > 1
+
+    @property
     def task_names(self) -> list[str]:
         """The tasks that the data mixes, in the order in which a batch's `tasks` number them."""
         return list(getattr(getattr(self.trainer, "datamodule", None), "task_names", ()))
@@ -279,10 +282,9 @@ class Objective(L.LightningModule):
         """
         counts = [self.counts(micro_batch) for micro_batch in micro_batches]
         names = list(counts[0])
-        packed = torch.stack([torch.stack([c[name] for c in counts]).sum() for name in names]).double()
-        mean = all_mean(packed)
-        mean = torch.where(mean > 0, mean, 1.0)
-        return dict(zip(names, mean.float().unbind(), strict=True))
+        packed = torch.stack([count[name] for count in counts for name in names]).view(len(counts), -1).sum(0)
+        mean = all_mean(packed.double())
+        return dict(zip(names, torch.where(mean > 0, mean, 1.0).float().unbind(), strict=True))
 
     def gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients travel between processes only in the backward of the last micro-batch."""
@@ -292,8 +294,8 @@ class Objective(L.LightningModule):
 
     def clip_gradients_to_norm(self) -> Tensor:
         """Scale the gradient down to `clip_norm`; returns its L2 norm before that, on the device."""
-        limit = self.optimizer_recipe.clip_norm
-        return clip_gradients(self.network.parameters(), float("inf") if limit is None else limit)
+        groups = self._optimizer().param_groups  # walking the network for its parameters takes longer
+        return clip_gradients((p for group in groups for p in group["params"]), self.optimizer_recipe.clip_norm)
 
     # Validation
 
@@ -349,3 +351,7 @@ class Objective(L.LightningModule):
         loop.batch_progress.total.increment_by(state["n_batches"])
         loop.manual_optimization.optim_step_progress.total.increment_by(state["n_steps"])
         loop._batches_that_stepped = state["n_steps"]
+
+
+def _weighed(part: Loss) -> Tensor:
+    return part.total if part.weight == 1.0 else part.weight * part.total

@@ -28,7 +28,7 @@ class CausalLM(Objective):
     def losses(self, batch: Batch) -> dict[str, Loss]:
         """Cross-entropy in nats."""
         hidden = self.network(batch["tokens"], documents=batch["documents"], positions=batch["positions"])  # [B, T, D]
-        return {"loss": cross_entropy(self.network.logits(hidden), batch["labels"])}
+        return {"loss": cross_entropy(self.network.logits(hidden), batch["labels"], by_row=self.by_row)}
 
     def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, tuple[Tensor, Tensor]]:
         """Nats and bytes of the text."""

@@ -29,13 +29,17 @@ def n_labels(labels: Tensor) -> Tensor:
     return (labels != IGNORED).sum()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
+def cross_entropy(logits: Tensor, labels: Tensor, *, by_row: bool = True) -> Loss:
     """Negative log-likelihood in nats, summed over the predicted positions.
 
     Args:
         logits: [B, T, V], any float type; the softmax is taken in float32.
         labels: [B, T], IGNORED where nothing is predicted.
+        by_row: give the sums of each row, too.
     """
+    if not by_row:
+        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return Loss(total, n_labels(labels))
     nats = _nats(logits.flatten(0, 1), labels.flatten()).view_as(labels)
     totals, counts = nats.sum(1), (labels != IGNORED).sum(1)
     return Loss(totals.sum(), counts.sum(), rows=(totals.detach(), counts))

@@ -32,4 +32,4 @@ class Seq2Seq(Objective):
         hidden = self.network(
             batch["tokens"], documents=batch["documents"], positions=batch["positions"], source=source
         )  # [B, T, D]
-        return {"loss": cross_entropy(self.network.logits(hidden), batch["labels"])}
+        return {"loss": cross_entropy(self.network.logits(hidden), batch["labels"], by_row=self.by_row)}

@@ -12,11 +12,12 @@ from llm.launch import place
 from llm.model import TransformerConfig
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of
+from llm.strategy.hooks import Hooked
 from llm.strategy.process_group import join_process_group, seed_dropout
 from llm.strategy.stored import Stored
 
 
-class DDP(Stored, DDPStrategy):
+class DDP(Hooked, Stored, DDPStrategy):
     """Distributed data parallel (Li et al. 2020, arXiv:2006.15704): gradients are averaged, once a step.
 
     Args:

@@ -22,6 +22,7 @@ from llm.model import Transformer, TransformerConfig
 from llm.strategy import tensor_parallel
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of
+from llm.strategy.hooks import Hooked
 from llm.strategy.materialise import materialise
 from llm.strategy.process_group import join_process_group, seed_dropout, set_timeout
 from llm.strategy.stored import Stored
@@ -29,7 +30,7 @@ from llm.strategy.stored import Stored
 _AXES = ("replicate", "shard", "tensor")
 
 
-class FSDP(Stored, ModelParallelStrategy):
+class FSDP(Hooked, Stored, ModelParallelStrategy):
     """Fully sharded data parallel (Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277) by
     torch's fully_shard, with replicas of the shards (HSDP) and tensor parallelism as further axes of the mesh.
 

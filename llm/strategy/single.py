@@ -10,10 +10,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from llm.model import TransformerConfig
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of
+from llm.strategy.hooks import Hooked
 from llm.strategy.stored import Stored
 
 
-class Single(Stored, SingleDeviceStrategy):
+class Single(Hooked, Stored, SingleDeviceStrategy):
     """One GPU or the CPU; checkpoints go through our store.
 
     Args:

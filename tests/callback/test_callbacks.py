@@ -26,7 +26,9 @@ def reference(request: pytest.FixtureRequest) -> dict[str, torch.Tensor]:
     return {}
 
 
-@pytest.mark.parametrize("removed", ["", "metrics", "progress", "sample", "due_validation", "preempt", "summary"])
+@pytest.mark.parametrize(
+    "removed", ["", "metrics", "progress", "sample", "due_validation", "preempt", "garbage", "summary"]
+)
 def test_no_callback_changes_the_curve(
     compose_run: Compose, tmp_path: Path, reference: dict[str, torch.Tensor], removed: str
 ) -> None:
