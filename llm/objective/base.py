@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import lightning as L
 import torch
+from annotated_types import Gt
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from llm.checkpoint import load_into
 from llm.guard import Guard, Stop
 from llm.metric import unigram_nats
 from llm.model import Transformer, TransformerConfig
-from llm.objective.loss import IGNORED, Loss
+from llm.objective.loss import IGNORED, Loss, token_nats
 from llm.reduce import Reading, Totals, all_mean, all_sum, clip_gradients, from_first
 
 Batch = Mapping[str, Tensor]
@@ -59,6 +61,8 @@ class Objective(L.LightningModule):
         schedule: factor of the learning rate for each step.
         guard: what becomes of the run if a step is not finite, or its loss a spike; None stops it.
         init_from: run or step directory whose weights the training starts from; a resumed run overrides it.
+        logits_at_once: positions whose scores over the vocabulary are in memory at the same time; None: those of a
+            whole micro-batch, which is fastest.
 
     Raises ValueError if the model is of another family than `family`, which a subclass names.
     """
@@ -72,6 +76,7 @@ class Objective(L.LightningModule):
         schedule: Callable[[int], float],
         guard: Guard | None = None,
         init_from: str | None = None,
+        logits_at_once: Annotated[int, Gt(0)] | None = None,
     ) -> None:
         super().__init__()
         if self.family not in (None, model.family):
@@ -85,6 +90,7 @@ class Objective(L.LightningModule):
         self.schedule = schedule
         self.guard = guard or Stop()
         self.init_from = init_from
+        self.logits_at_once = logits_at_once
         self.model: Transformer | None = None
         self.n_batches = 0  # batches consumed: where the data goes on after a restart
         self.step_loss: tuple[Tensor, Tensor]  # sum and count of the last step, of this process
@@ -117,6 +123,23 @@ class Objective(L.LightningModule):
     def means(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
         """Name -> mean, of training or validation; what nothing was counted of is left out, apart from the loss."""
         return {name: total / max(count, 1.0) for name, (total, count) in totals.items() if count or name == "loss"}
+
+    def nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """-log p(label) of each position, 0 where nothing is predicted: hidden [N, D], labels [N] -> [N].
+
+        Scores are the largest tensors of a step: as wide as the vocabulary, and kept for the backward several times
+        over. With `logits_at_once` there are only so many, and the backward computes them again.
+        """
+        if self.logits_at_once is None:
+            return self._nats(hidden, labels)
+        parts = zip(hidden.split(self.logits_at_once), labels.split(self.logits_at_once), strict=True)
+        # Nothing is drawn in there: the generators' state need not be kept.
+        return torch.cat(
+            [checkpoint(self._nats, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+        )
+
+    def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        return token_nats(self.network.logits(hidden), labels)
 
     # Building
 

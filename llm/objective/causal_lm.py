@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm.metric import bits_per_byte
 from llm.objective.base import Batch, Objective
-from llm.objective.loss import Loss, cross_entropy, n_labels
+from llm.objective.loss import Loss, n_labels, summed
 
 
 class CausalLM(Objective):
@@ -28,7 +28,8 @@ class CausalLM(Objective):
     def losses(self, batch: Batch) -> dict[str, Loss]:
         """Cross-entropy in nats."""
         hidden = self.network(batch["tokens"], documents=batch["documents"], positions=batch["positions"])  # [B, T, D]
-        return {"loss": cross_entropy(self.network.logits(hidden), batch["labels"], by_row=self.by_row)}
+        nats = self.nats(hidden.flatten(0, 1), batch["labels"].flatten())
+        return {"loss": summed(nats, batch["labels"], by_row=self.by_row)}
 
     def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, tuple[Tensor, Tensor]]:
         """Nats and bytes of the text."""

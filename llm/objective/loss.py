@@ -29,38 +29,40 @@ def n_labels(labels: Tensor) -> Tensor:
     return (labels != IGNORED).sum()
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, *, by_row: bool = True) -> Loss:
-    """Negative log-likelihood in nats, summed over the predicted positions.
+def token_nats(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p(label) of each position, by a softmax in float32: [N, V], [N] -> [N], 0 where nothing is predicted."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
+
+
+def summed(nats: Tensor, labels: Tensor, *, by_row: bool = True) -> Loss:
+    """The loss of whole rows.
 
     Args:
-        logits: [B, T, V], any float type; the softmax is taken in float32.
+        nats: [B * T], of each position.
         labels: [B, T], IGNORED where nothing is predicted.
         by_row: give the sums of each row, too.
     """
     if not by_row:
-        total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-        return Loss(total, n_labels(labels))
-    nats = _nats(logits.flatten(0, 1), labels.flatten()).view_as(labels)
-    totals, counts = nats.sum(1), (labels != IGNORED).sum(1)
+        return Loss(nats.sum(), n_labels(labels))
+    totals, counts = nats.view_as(labels).sum(1), (labels != IGNORED).sum(1)
     return Loss(totals.sum(), counts.sum(), rows=(totals.detach(), counts))
 
 
-def gathered_cross_entropy(logits: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Loss:
-    """As `cross_entropy`, of positions picked out of a micro-batch.
+def cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
+    """Negative log-likelihood in nats, summed over the predicted positions: logits [B, T, V], labels [B, T]."""
+    return summed(token_nats(logits.flatten(0, 1), labels.flatten()), labels)
+
+
+def gathered(nats: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Loss:
+    """The loss of positions picked out of a micro-batch.
 
     Args:
-        logits: [N, V].
+        nats: [N], of each position.
         labels: [N], IGNORED where nothing is predicted.
         rows: int64 [N], the row of the micro-batch that each position is in.
         n_rows: how many rows the micro-batch has.
     """
-    nats = _nats(logits, labels)
     predicted = labels != IGNORED
     totals = nats.new_zeros(n_rows).index_add(0, rows, nats.detach())
     counts = predicted.new_zeros(n_rows, dtype=labels.dtype).index_add(0, rows, predicted.to(labels.dtype))
     return Loss(nats.sum(), predicted.sum(), rows=(totals, counts))
-
-
-def _nats(logits: Tensor, labels: Tensor) -> Tensor:
-    """[N, V], [N] -> [N], 0 where nothing is predicted."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")

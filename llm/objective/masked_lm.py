@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm.objective.base import Batch, Objective
-from llm.objective.loss import IGNORED, Loss, cross_entropy, gathered_cross_entropy, n_labels
+from llm.objective.loss import IGNORED, Loss, cross_entropy, gathered, n_labels
 
 _GRANULE = 128  # logits come in few shapes, whose memory is found again
 
@@ -51,10 +51,9 @@ class MaskedLM(Objective):
             segments=batch.get("segments"),
         )  # [B, T, D]
         found = batch if "predicted_at" in batch else places(batch["labels"])
-        at, n_rows = found["predicted_at"], len(hidden)
-        logits = self.network.logits(hidden.flatten(0, 1)[at])  # [N, V]
-        rows = at // hidden.shape[1]
-        parts = {"loss": gathered_cross_entropy(logits, found["predicted_labels"], rows, n_rows)}
+        at, labels = found["predicted_at"], found["predicted_labels"]  # [N]
+        nats = self.nats(hidden.flatten(0, 1)[at], labels)
+        parts = {"loss": gathered(nats, labels, at // hidden.shape[1], len(hidden))}
         return {**parts, **self._pairs(hidden, batch)} if "pair_labels" in batch else parts
 
     def means(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from llm.model import Source
 from llm.objective.base import Batch, Objective
-from llm.objective.loss import Loss, cross_entropy, n_labels
+from llm.objective.loss import Loss, n_labels, summed
 
 
 class Seq2Seq(Objective):
@@ -32,4 +32,5 @@ class Seq2Seq(Objective):
         hidden = self.network(
             batch["tokens"], documents=batch["documents"], positions=batch["positions"], source=source
         )  # [B, T, D]
-        return {"loss": cross_entropy(self.network.logits(hidden), batch["labels"], by_row=self.by_row)}
+        nats = self.nats(hidden.flatten(0, 1), batch["labels"].flatten())
+        return {"loss": summed(nats, batch["labels"], by_row=self.by_row)}
