@@ -1,8 +1,7 @@
 """What Lightning calls in every step, called directly.
 
 Lightning asks every callback for every hook, whether it has one or not, each in a profiler's context; a backward and an
-optimizer step go through closures and plugins that scale losses and clip. Here that costs more than a small model's
-step (docs/performance.md).
+optimizer step go through closures and plugins that scale losses and clip. That takes longer than a small model's step.
 """
 
 from __future__ import annotations
