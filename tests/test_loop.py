@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
+from llm.build import build
 from llm.loop import EpochLoop
 from llm.run import run
 from llm.strategy.hooks import Hooked
@@ -91,14 +92,12 @@ def test_a_callback_may_log(compose_run: Compose, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_callback_without_a_hook_is_not_asked(compose_run: Compose) -> None:
-    """Of ten callbacks three look at the beginning of a batch: the others cost nothing."""
-    from llm.build import build
-
+    """Of the tiny run's callbacks one looks at the beginning of a batch: the others cost nothing."""
     trainer, objective = build(compose_run())
     objective._trainer = trainer
     strategy = type("Any", (Hooked, SingleDeviceStrategy), {})(device="cpu")
     strategy._lightning_module = objective
     assert not strategy.hooks._of_callbacks("on_before_zero_grad")
     assert {type(hook.__self__).__name__ for hook in strategy.hooks._of_callbacks("on_train_batch_start")} == {
-        "Metrics",
+        "Metrics"
     }

@@ -53,7 +53,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
     return summed(token_nats(logits.flatten(0, 1), labels.flatten()), labels)
 
 
-def gathered(nats: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Loss:
+def gathered(nats: Tensor, labels: Tensor, rows: Tensor, n_rows: int, *, by_row: bool = True) -> Loss:
     """The loss of positions picked out of a micro-batch.
 
     Args:
@@ -61,7 +61,10 @@ def gathered(nats: Tensor, labels: Tensor, rows: Tensor, n_rows: int) -> Loss:
         labels: [N], IGNORED where nothing is predicted.
         rows: int64 [N], the row of the micro-batch that each position is in.
         n_rows: how many rows the micro-batch has.
+        by_row: give the sums of each row, too.
     """
+    if not by_row:
+        return Loss(nats.sum(), n_labels(labels))
     predicted = labels != IGNORED
     totals = nats.new_zeros(n_rows).index_add(0, rows, nats.detach())
     counts = predicted.new_zeros(n_rows, dtype=labels.dtype).index_add(0, rows, predicted.to(labels.dtype))

@@ -53,7 +53,7 @@ class MaskedLM(Objective):
         found = batch if "predicted_at" in batch else places(batch["labels"])
         at, labels = found["predicted_at"], found["predicted_labels"]  # [N]
         nats = self.nats(hidden.flatten(0, 1)[at], labels)
-        parts = {"loss": gathered(nats, labels, at // hidden.shape[1], len(hidden))}
+        parts = {"loss": gathered(nats, labels, at // hidden.shape[1], len(hidden), by_row=self.by_row)}
         return {**parts, **self._pairs(hidden, batch)} if "pair_labels" in batch else parts
 
     def means(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:

@@ -18,8 +18,8 @@ from llm.generate import beam_search
 from llm.model import Source, Transformer, TransformerConfig
 from llm.tokenizer import ByteLevelBPE
 
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
+transformers = pytest.importorskip("transformers", reason="comes with the extra huggingface")
+safetensors = pytest.importorskip("safetensors.torch", reason="comes with the extra huggingface")
 
 V = 300
 SMALL = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}

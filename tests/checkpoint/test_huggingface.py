@@ -15,8 +15,8 @@ from llm.checkpoint import CheckpointError, export_folder, huggingface, import_f
 from llm.checkpoint.load import stored
 from llm.model import Source, Transformer, TransformerConfig
 
-transformers = pytest.importorskip("transformers")
-safetensors = pytest.importorskip("safetensors.torch")
+transformers = pytest.importorskip("transformers", reason="comes with the extra huggingface")
+safetensors = pytest.importorskip("safetensors.torch", reason="comes with the extra huggingface")
 
 V = 61
 LLAMA = {

