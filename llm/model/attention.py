@@ -1,11 +1,11 @@
 """Multi-head, grouped-query and multi-query attention: one class, as they differ only in the number of key heads."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.model.cache import LayerCache
 from llm.model.config import TransformerConfig
 from llm.model.initialisation import linear
+from llm.model.kernel import attend
 from llm.model.mask import Mask
 from llm.model.norm import build_norm
 from llm.model.position import Rotation, rotate
@@ -51,25 +51,7 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         """Heads [B, H, T, K] and [B, G, S, K] twice -> [B, T, D]."""
-        visible = mask.visible
-        if visible is not None and visible.is_floating_point():
-            visible = visible.to(query.dtype)
-        grouped = query.shape[1] != key.shape[1]
-        if grouped and visible is not None:
-            # On CUDA no fused kernel takes grouped heads with a mask: it would fall to the one that keeps all scores.
-            n_queries = query.shape[1] // key.shape[1]
-            key, value = (heads.repeat_interleave(n_queries, dim=1) for heads in (key, value))
-            grouped = False
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=visible,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask.causal,
-            scale=self.scale,
-            enable_gqa=grouped,
-        )
+        context = attend(query, key, value, mask, self.dropout if self.training else 0.0, self.scale)
         return self.out(context.transpose(1, 2).flatten(-2))
 
 

@@ -72,7 +72,7 @@ class Stack(nn.Module):
         memory_mask = None
         if memory is not None:
             own = None if places.documents is None else places.documents[:, places.n_past :]
-            memory_mask = cross_mask(own, memory.documents, places.length)
+            memory_mask = cross_mask(own, memory.documents, places.length, places.way)
         for layer, block in enumerate(self.blocks):
             kind = self.config.has_window(layer)
             layer_cache = None if cache is None else cache.layers[layer]
@@ -84,6 +84,8 @@ class Stack(nn.Module):
 
     def _masks(self, places: Places, kinds: Iterable[bool]) -> dict[bool, Mask]:
         """The mask of the layers with a window (True) and of those without."""
+        if self.relative is not None:
+            places = places._replace(way="dense")  # a bias is added to every score
         masks = {
             kind: self_mask(places, causal=self.causal, window=self.config.window if kind else None) for kind in kinds
         }

@@ -11,7 +11,7 @@ from llm.model.cache import Cache
 from llm.model.config import TransformerConfig
 from llm.model.head import Head, Transform
 from llm.model.initialisation import embedding, linear
-from llm.model.mask import Places
+from llm.model.mask import Places, Way
 from llm.model.stack import Memory, Stack
 
 
@@ -29,6 +29,10 @@ class Transformer(nn.Module):
     vocabulary: apart, since the logits are by far the largest tensor of a step and an objective may want them for some
     tokens only, or in parts.
 
+    `mask_way` is how documents and windows are hidden from each other (see llm/model/mask.py): the numbers are the
+    same to rounding, what is faster depends on the machine. The ways other than dense take it that the documents of a
+    row lie one after the other.
+
     Raises ValueError if the configuration has no vocabulary size.
     """
 
@@ -40,6 +44,7 @@ class Transformer(nn.Module):
                 "set it, or take it from the tokenizer with dataclasses.replace(config, vocab_size=…)"
             )
         self.config = config
+        self.mask_way: Way = "dense"
         self.embed = embedding(config, config.vocab_size, config.dim)
         n_encoder, n_decoder = config.encoder_layers, config.decoder_layers
         self.encoder = Stack(config, causal=False, n_layers=n_encoder) if n_encoder else None
@@ -113,7 +118,7 @@ class Transformer(nn.Module):
         self._check_length(n_past + length, cache)
         if positions is None:
             positions = torch.arange(n_past, n_past + length, device=tokens.device)
-        places = Places(length, n_past, self._documents(documents, cache), tokens.device)
+        places = Places(length, n_past, self._documents(documents, cache), tokens.device, self.mask_way)
         return stack(self.embed(tokens), positions, places, segments, cache, memory)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.model import Cache, Source, Transformer
-from llm.model.mask import Places, cross_mask, self_mask
+from llm.model import mask as mask_module
+from llm.model.mask import Places, block_mask, cross_mask, self_mask
 from llm.model.position import RelativePosition, build_rotation
 
 BERT = {
@@ -94,10 +95,13 @@ def logits(model, **batch):
     return model.logits(model(**batch))
 
 
+@pytest.mark.parametrize("way", ["dense", "runs"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_packed_equals_unpacked(build, name):
+def test_packed_equals_unpacked(build, name, way, monkeypatch):
     """Logits and gradients."""
+    monkeypatch.setattr(mask_module, "_LONG", 0)
     model = build(**SHAPES[name])
+    model.mask_way = way
     batch = packed_batch(model.config.family)
     packed = logits(model, **batch)
     weight = torch.randn(packed.shape, generator=torch.Generator().manual_seed(2))
@@ -119,10 +123,13 @@ def test_packed_equals_unpacked(build, name):
         )
 
 
+@pytest.mark.parametrize("way", ["dense", "runs"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_nothing_leaks_between_documents(build, name):
+def test_nothing_leaks_between_documents(build, name, way, monkeypatch):
     """Changing a document, its source or the padding leaves the others' logits bit-equal."""
+    monkeypatch.setattr(mask_module, "_LONG", 0)
     model = build(**SHAPES[name])
+    model.mask_way = way
     batch = packed_batch(model.config.family)
     before = logits(model, **batch)
     sides = ["tokens"] if "source" not in batch else ["tokens", "source"]
@@ -142,6 +149,83 @@ def test_nothing_leaks_between_documents(build, name):
             assert torch.equal(before[others], after[others])
             if number:
                 assert not torch.equal(before[batch["documents"] == number], after[batch["documents"] == number])
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "t5"])
+def test_blocks_show_what_a_dense_mask_shows(build, name):
+    """On a CPU flex_attention has a forward only, and asks mask_mod about every pair: what tiles it would skip is the
+    next test's matter."""
+    model = build(**SHAPES[name])
+    batch = packed_batch(model.config.family)
+    with torch.no_grad():
+        dense = logits(model, **batch)
+        model.mask_way = "blocks"
+        blocks = logits(model, **batch)
+    real = batch["documents"] > 0
+    torch.testing.assert_close(blocks[real], dense[real], rtol=0, atol=1e-5)
+
+
+def rows_of_documents(longest):
+    """Documents of given lengths, and padding behind them."""
+    lengths = st.lists(st.integers(1, longest), min_size=1, max_size=6)
+    return st.tuples(lengths, st.integers(0, longest)).map(
+        lambda drawn: [number for number, n in enumerate(drawn[0], 1) for _ in range(n)] + [0] * drawn[1]
+    )
+
+
+@given(st.lists(rows_of_documents(150), min_size=1, max_size=2), st.booleans(), st.none() | st.integers(0, 300))
+def test_no_tile_that_is_seen_is_skipped(rows, causal, reach):
+    """The tiles that flex_attention looks into hold all that is visible, and those it does not ask about are visible
+    from corner to corner."""
+    length = max(map(len, rows))
+    documents = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+    offset = torch.arange(length) - torch.arange(length).unsqueeze(1)
+    visible = documents.unsqueeze(2) == documents.unsqueeze(1)
+    if causal:
+        visible &= offset <= 0
+    if reach is not None:
+        visible &= (offset >= -reach) if causal else offset.abs() <= reach
+    blocks = block_mask(documents, documents, causal=causal, reach=reach)
+    partial, full = (
+        spread(counts[:, 0], indices[:, 0])[:, :length, :length]
+        for counts, indices in (
+            (blocks.kv_num_blocks, blocks.kv_indices),
+            (blocks.full_kv_num_blocks, blocks.full_kv_indices),
+        )
+    )
+    assert not (partial & full).any()
+    assert not (visible & ~partial & ~full).any()
+    assert not (full & ~visible).any()
+    b, q, k = torch.meshgrid(*map(torch.arange, visible.shape), indexing="ij")
+    assert torch.equal(blocks.mask_mod(b, 0, q, k), visible)
+    ordered = torch.where(documents == 0, 1 << 40, documents)
+    needed = torch.nn.functional.pad(visible, (0, -length % 128) * 2)
+    needed = needed.unflatten(2, (-1, 128)).unflatten(1, (-1, 128)).any(4).any(2)
+    assert torch.equal(ordered.sort(1).values, ordered)
+    assert needed.sum() == (blocks.kv_num_blocks + blocks.full_kv_num_blocks).sum(), "a tile that nobody sees is kept"
+
+
+def spread(counts, indices):
+    """Tiles as flex_attention lists them -> bool [B, T, S] of places."""
+    tiles = torch.zeros(*indices.shape[:2], indices.shape[2], dtype=torch.bool)
+    for at in torch.cartesian_prod(*map(torch.arange, counts.shape)):
+        b, row = at.tolist()
+        tiles[b, row, indices[b, row, : counts[b, row]].long()] = True
+    return tiles.repeat_interleave(128, 1).repeat_interleave(128, 2)
+
+
+def test_rows_of_one_document_need_no_mask(build):
+    ones = torch.ones(2, 9, dtype=torch.long)
+    places = Places(9, 0, ones, ones.device, "runs")
+    assert self_mask(places, causal=True) == (None, True, None, None)
+    assert cross_mask(ones, ones[:, :4], 9, "runs") == (None, False, None, None)
+
+
+def test_short_rows_are_done_as_a_whole():
+    documents = torch.tensor([[1] * 300 + [2] * 212])
+    places = Places(512, 0, documents, documents.device, "runs")
+    assert self_mask(places, causal=True).runs.queries == [[300, 212]]
+    assert self_mask(places._replace(length=511, documents=documents[:, :511]), causal=True).runs is None
 
 
 def test_an_encoder_sees_both_sides_and_a_window(build):

@@ -115,11 +115,11 @@ def test_causal_mask_uses_the_kernel_where_it_can():
     def mask(length, n_past, **options):
         return self_mask(Places(length, n_past, None, torch.device("cpu")), causal=True, **options)
 
-    assert mask(5, 0) == (None, True)
-    assert mask(1, 0) == (None, False)
-    assert mask(1, 9) == (None, False)
-    assert mask(5, 0, window=5) == (None, True)
-    assert self_mask(Places(5, 0, None, torch.device("cpu")), causal=False) == (None, False)
+    assert mask(5, 0) == (None, True, None, None)
+    assert mask(1, 0) == (None, False, None, None)
+    assert mask(1, 9) == (None, False, None, None)
+    assert mask(5, 0, window=5) == (None, True, None, None)
+    assert self_mask(Places(5, 0, None, torch.device("cpu")), causal=False) == (None, False, None, None)
     chunk = mask(2, 3)
     assert chunk.visible.tolist() == [[[[True, True, True, True, False], [True] * 5]]]
     assert not chunk.causal
