@@ -39,7 +39,7 @@ class EpochLoop(_TrainingEpochLoop):
         progress.is_last_batch = data_fetcher.done
         batch = module.on_before_batch_transfer(batch, 0).to(strategy.root_device)
         progress.increment_ready()
-        trainer._logger_connector.on_batch_start(batch)
+        self._open_results(batch)
         strategy.hooks("on_train_batch_start", batch, index)
         progress.increment_started()
         self.manual_optimization.on_run_start()
@@ -52,6 +52,27 @@ class EpochLoop(_TrainingEpochLoop):
         progress.increment_completed()
         if self._results:
             trainer._logger_connector.update_train_step_metrics()
+
+    def _open_results(self, batch: Any) -> None:
+        """What `self.log` reads of the step; Lightning's connector goes a long way to find these results."""
+        connector: Any = self.trainer._logger_connector
+        connector._first_loop_iter = connector._first_loop_iter is None
+        self._results.batch, self._results.batch_size, self._results.dataloader_idx = batch, None, None
+
+    def _should_check_val_fx(self, data_fetcher: Any) -> bool:
+        """Lightning looks in every step whether there is anything to validate on: here only where it may be due."""
+        trainer: Any = self.trainer
+        interval = trainer.val_check_batch
+        anything_else = trainer.should_stop or self.batch_progress.is_last_batch or self.restarting
+        by_steps = isinstance(interval, int) and trainer.check_val_every_n_epoch is None
+        if by_steps and not anything_else and (self.total_batch_idx + 1) % interval:
+            return trainer._val_check_time_interval is not None and super()._should_check_val_fx(data_fetcher)
+        return super()._should_check_val_fx(data_fetcher)
+
+    def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
+        """The objective sets the rate; Lightning would look in every step whether it accumulates."""
+        if self.trainer.strategy.lr_scheduler_configs:
+            super().update_lr_schedulers(interval, update_plateau_schedulers)
 
     def _broadcast_sigterm_tensor(self) -> None:
         """Lightning asks in every batch, by a collective for which it waits, whether somebody was told to go."""

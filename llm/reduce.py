@@ -39,11 +39,6 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
-def all_mean(values: Tensor) -> Tensor:
-    """Mean of `values` over the processes, in place. No host sync."""
-    return all_sum(values).div_(n_processes())
-
-
 def all_gather(values: Tensor) -> Tensor:
     """`values` of the processes with data of their own, in their order: [..] -> [processes, ..]. No host sync."""
     if n_processes() == 1:
@@ -83,8 +78,10 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     """
     by_mesh: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
-        if parameter.grad is not None:
-            by_mesh.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
+        gradient = parameter.grad
+        if gradient is not None:
+            mesh = gradient.device_mesh if isinstance(gradient, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
     norms = [nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()

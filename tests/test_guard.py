@@ -69,8 +69,8 @@ class Poison(Callback):
         pl_module.__dict__.pop("losses", None)
 
     def poisoned(self, losses: Any) -> Any:
-        def poisoned(batch: Any) -> Mapping[str, Any]:
-            return {name: replace(loss, total=loss.total * self.factor) for name, loss in losses(batch).items()}
+        def poisoned(*arguments: Any) -> Mapping[str, Any]:
+            return {name: replace(loss, total=loss.total * self.factor) for name, loss in losses(*arguments).items()}
 
         return poisoned
 

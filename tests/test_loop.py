@@ -97,7 +97,5 @@ def test_a_callback_without_a_hook_is_not_asked(compose_run: Compose) -> None:
     objective._trainer = trainer
     strategy = type("Any", (Hooked, SingleDeviceStrategy), {})(device="cpu")
     strategy._lightning_module = objective
-    assert not strategy.hooks._of_callbacks("on_before_zero_grad")
-    assert {type(hook.__self__).__name__ for hook in strategy.hooks._of_callbacks("on_train_batch_start")} == {
-        "Metrics"
-    }
+    assert not strategy.hooks._hooks("on_before_zero_grad")
+    assert {type(hook.func.__self__).__name__ for hook in strategy.hooks._hooks("on_train_batch_start")} == {"Metrics"}

@@ -12,7 +12,6 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from llm.reduce import (
     AnyRaised,
     Totals,
-    all_mean,
     all_sum,
     clip_gradients,
     from_first,
@@ -60,28 +59,27 @@ def test_names_must_stay_the_same() -> None:
         totals.add({"other": part(1.0, 1)})
 
 
-def test_one_process_is_its_own_mean() -> None:
+def test_one_process_is_its_own_sum() -> None:
     assert n_processes() == 1
-    assert all_mean(torch.tensor([2.0, 3.0])).tolist() == [2.0, 3.0]
+    assert all_sum(torch.tensor([2.0, 3.0])).tolist() == [2.0, 3.0]
 
 
 # Several processes
 
 
 def sums(n: int) -> list[object]:
-    """What each of n ranks gets: a sum, a mean, the first's value, everybody's."""
+    """What each of n ranks gets: a sum, the first's value, everybody's."""
     mine = torch.tensor([float(rank()), 1.0])
     return [
         n_processes(),
         all_sum(mine.clone()).tolist(),
-        all_mean(mine.clone()).tolist(),
         from_first(mine.clone()).tolist(),
         gather_objects({"rank": rank()}),
     ]
 
 
 def test_ranks_get_the_same_sums() -> None:
-    expected = [2, [1.0, 2.0], [0.5, 1.0], [0.0, 1.0], [{"rank": 0}, {"rank": 1}]]
+    expected = [2, [1.0, 2.0], [0.0, 1.0], [{"rank": 0}, {"rank": 1}]]
     assert run_on_ranks(sums, 2, 2) == [expected, expected]
 
 
@@ -107,13 +105,13 @@ def sums_over_data() -> list[object]:
     try:
         totals = Totals()
         totals.add({"loss": part(float(rank() // 2 + 1), 1)})
-        return [n_processes(), totals.peek("loss"), totals.reduce(), all_mean(torch.tensor([4.0])).item()]
+        return [n_processes(), totals.peek("loss"), totals.reduce(), all_sum(torch.tensor([4.0])).item()]
     finally:
         use(None)
 
 
 def test_what_several_ranks_share_is_counted_once() -> None:
-    assert run_on_ranks(sums_over_data, 4) == [[2, 3.0, {"loss": (3.0, 2.0)}, 4.0]] * 4
+    assert run_on_ranks(sums_over_data, 4) == [[2, 3.0, {"loss": (3.0, 2.0)}, 8.0]] * 4
 
 
 def told() -> list[bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,15 +28,17 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class Step:
-    """This process's share of one optimizer step: `index` counts steps from 0."""
+    """This process's share of one optimizer step: `index` counts steps from 0, `n_tokens` what is no padding, on both
+    sides of an encoder-decoder."""
 
     index: int
     micro_batches: list[Batch]
+    n_tokens: int
 
     def pin_memory(self) -> Step:
         """Called by the DataLoader, which knows dicts and lists but not this class."""
         pinned = [{name: value.pin_memory() for name, value in batch.items()} for batch in self.micro_batches]
-        return Step(self.index, pinned)
+        return replace(self, micro_batches=pinned)
 
     def to(self, device: torch.device, non_blocking: bool = True) -> Step:
         """Lightning's way to move a batch; from page-locked memory the host does not wait for it."""
@@ -46,7 +48,7 @@ class Step:
             {name: value.to(device, non_blocking=non_blocking) for name, value in batch.items()}
             for batch in self.micro_batches
         ]
-        return Step(self.index, moved)
+        return replace(self, micro_batches=moved)
 
 
 def assemble(rows: Rows, chosen: np.ndarray, document_mask: bool, pad_id: int) -> dict[str, np.ndarray]:
@@ -217,6 +219,13 @@ def _begun(words: np.ndarray) -> np.ndarray:
 
 def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def to_step(index: int, arrays: dict[str, np.ndarray], micro_batch_size: int) -> Step:
+    """Rows as micro-batches, and how many tokens they are: counted while they are on the host."""
+    sides = [arrays[side] for side in ("documents", "source_documents") if side in arrays]
+    n_tokens = sum(int(np.count_nonzero(documents)) for documents in sides)  # 0 marks padding
+    return Step(index, split(to_batch(arrays), micro_batch_size), n_tokens)
 
 
 def split(batch: Batch, size: int) -> list[Batch]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from llm.data.collate import Settings, Step, assemble_mixture, label_bytes, split, to_batch
+from llm.data.collate import Settings, Step, assemble_mixture, label_bytes, to_step
 from llm.data.order import Order
 from llm.data.prepare import Rows
 from llm.data.task import NextToken
@@ -29,7 +29,7 @@ class TrainSteps(Dataset[Step]):
         part = slots.source[mine]
         arrays = assemble_mixture(self.parts, part, slots.row[mine], slots.epoch[mine], self.settings)
         arrays["tasks"] = self.tasks[part]
-        return Step(index, split(to_batch(arrays), micro_batch_size or share))
+        return to_step(index, arrays, micro_batch_size or share)
 
 
 class ValSteps(Dataset[Step]):
@@ -68,7 +68,7 @@ class ValSteps(Dataset[Step]):
         if self.token_bytes is not None:
             is_text = np.array([isinstance(rows.task, NextToken) for rows in self.parts])[part]
             arrays["n_bytes"] = np.where(is_text, label_bytes(arrays["labels"], self.token_bytes), 0)
-        return Step(index, split(to_batch(arrays), micro_batch_size or share))
+        return to_step(index, arrays, micro_batch_size or share)
 
 
 class From(Sampler[int]):

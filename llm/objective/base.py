@@ -24,7 +24,7 @@ from llm.guard import Guard, Stop
 from llm.metric import unigram_nats
 from llm.model import Transformer, TransformerConfig
 from llm.objective.loss import IGNORED, Loss, token_nats
-from llm.reduce import Reading, Totals, all_mean, all_sum, clip_gradients, from_first
+from llm.reduce import Reading, Totals, all_sum, clip_gradients, from_first, n_processes
 
 Batch = Mapping[str, Tensor]
 
@@ -50,6 +50,10 @@ class Step(Protocol):
     @property
     def micro_batches(self) -> list[Batch]:
         """What is run forward and backward one after the other."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens, padding left out, on all sides."""
 
 
 class Objective(L.LightningModule):
@@ -108,8 +112,8 @@ class Objective(L.LightningModule):
         """Name of each part of the loss -> how much of it this micro-batch predicts; from the labels alone."""
         raise AssertionError(f"{type(self).__name__} has to count what it predicts")
 
-    def losses(self, batch: Batch) -> dict[str, Loss]:
-        """Name of each part of the loss -> its sum, count and weight over this micro-batch."""
+    def losses(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Loss]:
+        """Name of each part of the loss -> its sum, count and weight over this micro-batch, of which `counts` are."""
         raise AssertionError(f"{type(self).__name__} has to say what its loss is")
 
     def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -186,7 +190,7 @@ class Objective(L.LightningModule):
             self._leave_out(batch, optimizer)
             return
         sums = self._gradient(batch)
-        norm = self.clip_gradients_to_norm()
+        norm = self.clip_gradients_to_norm(optimizer)
         self.step_loss = sums["loss"]
         self._watch(norm)
         if self.skipped is not None:
@@ -196,17 +200,16 @@ class Objective(L.LightningModule):
         optimizer.zero_grad(set_to_none=not getattr(self.trainer.strategy, "keeps_gradients", False))
         if self.skipped is not None:
             return
-        sides = [m[side] for m in batch.micro_batches for side in ("documents", "source_documents") if side in m]
-        n_tokens = sum(torch.count_nonzero(documents) for documents in sides)  # 0 marks padding
-        self.train_totals.add({**sums, "n_tokens": (n_tokens, 1), "grad_norm": (norm, 1)})
+        self.train_totals.add({**sums, "n_tokens": (batch.n_tokens, 1), "grad_norm": (norm, 1)})
 
     def _gradient(self, batch: Step) -> dict[str, tuple[Tensor, Tensor]]:
         """The gradient of the whole step; gives name -> (sum, count) of this process."""
-        share = self.global_share(batch.micro_batches)
+        counts = [self.counts(micro_batch) for micro_batch in batch.micro_batches]
+        share = global_share(counts)
         sums: dict[str, tuple[Tensor, Tensor]] = {}
-        for number, micro_batch in enumerate(batch.micro_batches, 1):
+        for number, (micro_batch, of_it) in enumerate(zip(batch.micro_batches, counts, strict=True), 1):
             with self.gradient_sync(last=number == len(batch.micro_batches)):
-                parts = self.losses(micro_batch)
+                parts = self.losses(micro_batch, of_it)
                 terms = [_weighed(part) / share[name] for name, part in parts.items() if part.weight]
                 self.manual_backward(terms[0] if len(terms) == 1 else torch.stack(terms).sum())
             for name, (total, count) in self.sums(parts, micro_batch).items():
@@ -297,27 +300,15 @@ class Objective(L.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
-    def global_share(self, micro_batches: list[Batch]) -> dict[str, Tensor]:
-        """Name -> the divisor of its sums: the count of the whole global step over the number of processes.
-
-        Strategies average gradients over processes, so sum / (count / n), averaged over n, is the mean over all tokens.
-        A part that nothing was predicted for has sum 0 and gets the divisor 1: its loss is 0, not NaN.
-        """
-        counts = [self.counts(micro_batch) for micro_batch in micro_batches]
-        names = list(counts[0])
-        packed = torch.stack([count[name] for count in counts for name in names]).view(len(counts), -1).sum(0)
-        mean = all_mean(packed.double())
-        return dict(zip(names, torch.where(mean > 0, mean, 1.0).float().unbind(), strict=True))
-
     def gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients travel between processes only in the backward of the last micro-batch."""
         strategy = self.trainer.strategy
         block = getattr(strategy, "block_backward_sync", None)
         return contextlib.nullcontext() if last or block is None else block()
 
-    def clip_gradients_to_norm(self) -> Tensor:
+    def clip_gradients_to_norm(self, optimizer: LightningOptimizer) -> Tensor:
         """Scale the gradient down to `clip_norm`; returns its L2 norm before that, on the device."""
-        groups = self._optimizer().param_groups  # walking the network for its parameters takes longer
+        groups = optimizer.param_groups  # walking the network for its parameters takes longer
         return clip_gradients((p for group in groups for p in group["params"]), self.optimizer_recipe.clip_norm)
 
     # Validation
@@ -325,7 +316,7 @@ class Objective(L.LightningModule):
     def validation_step(self, batch: Step, batch_index: int) -> None:
         """Add the sums of as many rows as a training step has; nothing is read back until the end."""
         for micro_batch in batch.micro_batches:
-            parts = self.losses(micro_batch)
+            parts = self.losses(micro_batch, self.counts(micro_batch))
             self.val_totals.add({**self.sums(parts, micro_batch), **self.validation_sums(micro_batch, parts)})
             self._count_labels(micro_batch["labels"])
 
@@ -374,6 +365,19 @@ class Objective(L.LightningModule):
         loop.batch_progress.total.increment_by(state["n_batches"])
         loop.manual_optimization.optim_step_progress.total.increment_by(state["n_steps"])
         loop._batches_that_stepped = state["n_steps"]
+
+
+def global_share(counts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Name -> the divisor of its sums: the count of the whole global step over the number of processes, from the
+    counts of this process's micro-batches.
+
+    Strategies average gradients over processes, so sum / (count / n), averaged over n, is the mean over all tokens. A
+    part that nothing was predicted for has sum 0 and gets the divisor 1 / n: its loss is 0, not NaN.
+    """
+    totals = [sum(rest, start=first) for first, *rest in ([count[name] for count in counts] for name in counts[0])]
+    if n_processes() > 1:  # one message
+        totals = list(all_sum(torch.stack(totals)).unbind())
+    return {name: total.clamp(min=1) / n_processes() for name, total in zip(counts[0], totals, strict=True)}
 
 
 def _weighed(part: Loss) -> Tensor:

@@ -25,11 +25,11 @@ class CausalLM(Objective):
         """The predicted tokens."""
         return {"loss": n_labels(batch["labels"])}
 
-    def losses(self, batch: Batch) -> dict[str, Loss]:
+    def losses(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Loss]:
         """Cross-entropy in nats."""
         hidden = self.network(batch["tokens"], documents=batch["documents"], positions=batch["positions"])  # [B, T, D]
         nats = self.nats(hidden.flatten(0, 1), batch["labels"].flatten())
-        return {"loss": summed(nats, batch["labels"], by_row=self.by_row)}
+        return {"loss": summed(nats, batch["labels"], counts["loss"], by_row=self.by_row)}
 
     def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, tuple[Tensor, Tensor]]:
         """Nats and bytes of the text."""

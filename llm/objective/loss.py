@@ -34,26 +34,22 @@ def token_nats(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
 
 
-def summed(nats: Tensor, labels: Tensor, *, by_row: bool = True) -> Loss:
+def summed(nats: Tensor, labels: Tensor, count: Tensor, *, by_row: bool = True) -> Loss:
     """The loss of whole rows.
 
     Args:
         nats: [B * T], of each position.
         labels: [B, T], IGNORED where nothing is predicted.
+        count: scalar, how many of them are predicted.
         by_row: give the sums of each row, too.
     """
     if not by_row:
-        return Loss(nats.sum(), n_labels(labels))
-    totals, counts = nats.view_as(labels).sum(1), (labels != IGNORED).sum(1)
-    return Loss(totals.sum(), counts.sum(), rows=(totals.detach(), counts))
+        return Loss(nats.sum(), count)
+    totals = nats.view_as(labels).sum(1)
+    return Loss(totals.sum(), count, rows=(totals.detach(), (labels != IGNORED).sum(1)))
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Loss:
-    """Negative log-likelihood in nats, summed over the predicted positions: logits [B, T, V], labels [B, T]."""
-    return summed(token_nats(logits.flatten(0, 1), labels.flatten()), labels)
-
-
-def gathered(nats: Tensor, labels: Tensor, rows: Tensor, n_rows: int, *, by_row: bool = True) -> Loss:
+def gathered(nats: Tensor, labels: Tensor, rows: Tensor, n_rows: int, count: Tensor, *, by_row: bool = True) -> Loss:
     """The loss of positions picked out of a micro-batch.
 
     Args:
@@ -61,11 +57,11 @@ def gathered(nats: Tensor, labels: Tensor, rows: Tensor, n_rows: int, *, by_row:
         labels: [N], IGNORED where nothing is predicted.
         rows: int64 [N], the row of the micro-batch that each position is in.
         n_rows: how many rows the micro-batch has.
+        count: scalar, how many positions are predicted.
         by_row: give the sums of each row, too.
     """
     if not by_row:
-        return Loss(nats.sum(), n_labels(labels))
-    predicted = labels != IGNORED
+        return Loss(nats.sum(), count)
     totals = nats.new_zeros(n_rows).index_add(0, rows, nats.detach())
-    counts = predicted.new_zeros(n_rows, dtype=labels.dtype).index_add(0, rows, predicted.to(labels.dtype))
-    return Loss(nats.sum(), predicted.sum(), rows=(totals, counts))
+    counts = labels.new_zeros(n_rows).index_add(0, rows, (labels != IGNORED).to(labels.dtype))
+    return Loss(nats.sum(), count, rows=(totals, counts))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm.objective.base import Batch, Objective
-from llm.objective.loss import IGNORED, Loss, cross_entropy, gathered, n_labels
+from llm.objective.loss import IGNORED, Loss, gathered, n_labels, token_nats
 
 _GRANULE = 128  # logits come in few shapes, whose memory is found again
 
@@ -42,7 +42,7 @@ class MaskedLM(Objective):
             counts["next_sentence_loss"] = n_labels(batch["pair_labels"])
         return counts
 
-    def losses(self, batch: Batch) -> dict[str, Loss]:
+    def losses(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Loss]:
         """Cross-entropy in nats of tokens and of pairs."""
         hidden = self.network(
             batch["tokens"],
@@ -53,8 +53,11 @@ class MaskedLM(Objective):
         found = batch if "predicted_at" in batch else places(batch["labels"])
         at, labels = found["predicted_at"], found["predicted_labels"]  # [N]
         nats = self.nats(hidden.flatten(0, 1)[at], labels)
-        parts = {"loss": gathered(nats, labels, at // hidden.shape[1], len(hidden), by_row=self.by_row)}
-        return {**parts, **self._pairs(hidden, batch)} if "pair_labels" in batch else parts
+        rows = at // hidden.shape[1]
+        parts = {"loss": gathered(nats, labels, rows, len(hidden), counts["loss"], by_row=self.by_row)}
+        if "pair_labels" in batch:
+            parts |= self._pairs(hidden, batch, counts["next_sentence_loss"])
+        return parts
 
     def means(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
         """With the accuracy, of how many pairs it is: without that it has no confidence interval."""
@@ -63,14 +66,17 @@ class MaskedLM(Objective):
             means["next_sentence_pairs"] = totals["next_sentence_accuracy"][1]
         return means
 
-    def _pairs(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
+    def _pairs(self, hidden: Tensor, batch: Batch, count: Tensor) -> dict[str, Loss]:
         """The loss of the pairs, and how often the likelier answer is right."""
         labels = batch["pair_labels"]  # [B, P]
         at = batch["cls_at"].clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         logits = self.network.sentence_logits(hidden.gather(1, at))  # [B, P, 2]
-        loss = cross_entropy(logits, labels)
+        nats = token_nats(logits.flatten(0, 1), labels.flatten())
         n_right = (logits.detach().argmax(-1) == labels).sum()
-        return {"next_sentence_loss": loss, "next_sentence_accuracy": Loss(n_right, loss.count, weight=0.0)}
+        return {
+            "next_sentence_loss": Loss(nats.sum(), count),
+            "next_sentence_accuracy": Loss(n_right, count, weight=0.0),
+        }
 
 
 def places(labels: Tensor) -> MutableMapping[str, Tensor]:

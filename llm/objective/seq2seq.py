@@ -26,11 +26,11 @@ class Seq2Seq(Objective):
         """The predicted tokens."""
         return {"loss": n_labels(batch["labels"])}
 
-    def losses(self, batch: Batch) -> dict[str, Loss]:
+    def losses(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Loss]:
         """Cross-entropy in nats."""
         source = Source(batch["source_tokens"], batch["source_documents"], batch["source_positions"])
         hidden = self.network(
             batch["tokens"], documents=batch["documents"], positions=batch["positions"], source=source
         )  # [B, T, D]
         nats = self.nats(hidden.flatten(0, 1), batch["labels"].flatten())
-        return {"loss": summed(nats, batch["labels"], by_row=self.by_row)}
+        return {"loss": summed(nats, batch["labels"], counts["loss"], by_row=self.by_row)}

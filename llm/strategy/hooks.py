@@ -7,6 +7,7 @@ optimizer step go through closures and plugins that scale losses and clip. That 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -28,23 +29,30 @@ class Hooks:
 
     def __call__(self, name: str, *arguments: Any) -> None:
         """`self.log` of Lightning asks in which hook it is called."""
-        trainer, module = self._trainer, self._module
-        attributes = module.__dict__  # nn.Module's own way of setting one costs microseconds
+        hooks = self._hooks(name)
+        if not hooks:
+            return
+        attributes = self._module.__dict__  # nn.Module's own way of setting one costs microseconds
         before, attributes["_current_fx_name"] = attributes["_current_fx_name"], name
-        for hook in self._of_callbacks(name):
-            hook(trainer, module, *arguments)
-        getattr(module, name)(*arguments)
+        for hook in hooks:
+            hook(*arguments)
         attributes["_current_fx_name"] = before
 
-    def _of_callbacks(self, name: str) -> list[Hook]:
+    def _hooks(self, name: str) -> list[Hook]:
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]
         if callbacks != self._callbacks:
             self._callbacks, self._own = list(callbacks), {}
         if name not in self._own:
-            nothing = getattr(Callback, name)
-            hooks = [getattr(callback, name) for callback in callbacks]
-            self._own[name] = [hook for hook in hooks if getattr(hook, "__func__", None) is not nothing]
+            given = self._trainer, self._module
+            theirs = [partial(hook, *given) for callback in callbacks for hook in _own(callback, Callback, name)]
+            self._own[name] = [*theirs, *_own(self._module, L.LightningModule, name)]
         return self._own[name]
+
+
+def _own(owner: object, base: type, name: str) -> list[Hook]:
+    """The hook `name` of `owner`; none if that is the one of `base`, which does nothing."""
+    hook: Hook = getattr(owner, name)
+    return [] if getattr(hook, "__func__", None) is getattr(base, name) else [hook]
 
 
 class Hooked:

@@ -179,7 +179,7 @@ class TestSteps:
 
     def test_pinning_keeps_the_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)
-        step = Step(7, [{"tokens": torch.zeros(2)}]).pin_memory()
+        step = Step(7, [{"tokens": torch.zeros(2)}], 2).pin_memory()
         assert (step.index, step.micro_batches[0]["tokens"].tolist()) == (7, [1, 1])
 
 

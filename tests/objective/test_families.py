@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from llm.callback import Metrics
 from llm.callback.record import Record
 from llm.data import Step
+from llm.data.collate import to_step
 from llm.model import Source, TransformerConfig
 from llm.objective import CausalLM, MaskedLM, Objective, Seq2Seq
-from llm.objective.loss import IGNORED, cross_entropy
+from llm.objective.loss import IGNORED, token_nats
 from llm.objective.masked_lm import places
 from llm.optimizer import AdamW
 
@@ -61,9 +62,9 @@ def naive(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
 
 def test_masked_lm_is_the_loss_of_all_logits() -> None:
     objective, batch = built(MaskedLM, n_segments=2), rows()
-    trained = objective.losses(batch)["loss"]  # of one task nobody asks for rows in training
+    trained = objective.losses(batch, objective.counts(batch))["loss"]  # of one task nobody asks for rows in training
     objective.eval()
-    part = objective.losses(batch)["loss"]
+    part = objective.losses(batch, objective.counts(batch))["loss"]
     assert trained.total.item() == pytest.approx(part.total.item(), rel=1e-6)
     assert trained.count == part.count
     network = objective.network
@@ -79,11 +80,11 @@ def test_masked_lm_is_the_loss_of_all_logits() -> None:
 def test_masked_lm_has_the_gradients_of_all_logits() -> None:
     objective, batch = built(MaskedLM), rows()
     network = objective.network
-    objective.losses(batch)["loss"].total.backward()
+    objective.losses(batch, objective.counts(batch))["loss"].total.backward()
     found = [weight.grad.clone() for weight in network.parameters() if weight.grad is not None]
     network.zero_grad()
     hidden = network(batch["tokens"], batch["documents"], batch["positions"])
-    cross_entropy(network.logits(hidden), batch["labels"]).total.backward()
+    token_nats(network.logits(hidden).flatten(0, 1), batch["labels"].flatten()).sum().backward()
     torch.testing.assert_close(found, [w.grad for w in network.parameters() if w.grad is not None])
 
 
@@ -101,16 +102,16 @@ def test_places_hold_every_predicted_one_and_come_in_few_shapes(n: int) -> None:
 
 def test_places_are_found_before_the_batch_travels() -> None:
     objective, batch = built(MaskedLM), rows()
-    without = objective.losses(dict(batch))["loss"]
-    step = objective.on_before_batch_transfer(Step(0, [batch]), 0)
+    without = objective.losses(dict(batch), objective.counts(batch))["loss"]
+    step = objective.on_before_batch_transfer(Step(0, [batch], 0), 0)
     assert "predicted_at" in step.micro_batches[0]
-    assert torch.equal(objective.losses(step.micro_batches[0])["loss"].total, without.total)
+    assert torch.equal(objective.losses(step.micro_batches[0], objective.counts(batch))["loss"].total, without.total)
 
 
 def test_nothing_predicted_gives_zero_and_gradients_of_zero() -> None:
     objective, batch = built(MaskedLM), rows()
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-    part = objective.losses(batch)["loss"]
+    part = objective.losses(batch, objective.counts(batch))["loss"]
     part.total.backward()
     assert (part.total.item(), part.count.item()) == (0.0, 0)
     assert all(w.grad is not None and not w.grad.any() for w in objective.network.blocks[0].parameters())
@@ -120,7 +121,7 @@ def test_pairs_are_judged_by_their_first_token() -> None:
     objective, batch = built(MaskedLM, next_sentence=True, n_segments=2), rows()
     batch["cls_at"] = torch.tensor([[0, 5], [0, 5], [0, 0]])
     batch["pair_labels"] = torch.tensor([[0, 1], [1, 1], [0, IGNORED]])
-    parts = objective.losses(batch)
+    parts = objective.losses(batch, objective.counts(batch))
     network = objective.network
     hidden = network(batch["tokens"], batch["documents"], batch["positions"], segments=batch["segments"])
     nats, n_right = 0.0, 0
@@ -143,7 +144,7 @@ def test_seq2seq_is_teacher_forcing() -> None:
     objective, batch = built(Seq2Seq), rows()
     source = rows(14)
     batch |= {f"source_{name}": source[name] for name in ("tokens", "documents", "positions")}
-    part = objective.losses(batch)["loss"]
+    part = objective.losses(batch, objective.counts(batch))["loss"]
     network = objective.network
     read = Source(source["tokens"], source["documents"], source["positions"])
     hidden = network(batch["tokens"], batch["documents"], batch["positions"], source=read)
@@ -160,7 +161,7 @@ def test_seq2seq_is_teacher_forcing() -> None:
 
 def test_each_of_several_tasks_has_a_curve() -> None:
     objective, batch = built(MaskedLM, ("light", "heavy", "absent")), rows()
-    parts = objective.losses(batch)
+    parts = objective.losses(batch, objective.counts(batch))
     sums = objective.sums(parts, batch)
     totals, counts = parts["loss"].rows  # type: ignore[misc]
     assert list(sums) == ["loss", "loss/light", "loss/heavy", "loss/absent"]
@@ -176,7 +177,7 @@ def test_bits_per_byte_are_of_rows_that_are_text() -> None:
     objective, batch = built(CausalLM), rows()
     objective.eval()  # as in validation: rows are told apart
     batch["n_bytes"] = torch.tensor([7, 0, 0])
-    parts = objective.losses(batch)
+    parts = objective.losses(batch, objective.counts(batch))
     sums = {**objective.sums(parts, batch), **objective.validation_sums(batch, parts)}
     plain = {name: (total.item(), count.item()) for name, (total, count) in sums.items()}
     metrics = objective.validation_metrics(plain)
@@ -200,7 +201,8 @@ class Steps(L.LightningDataModule):
         self.batch, self.task_names = batch, task_names
 
     def train_dataloader(self) -> Any:
-        return DataLoader([Step(i, [dict(self.batch), dict(self.batch)]) for i in range(3)], batch_size=None)
+        arrays = {name: torch.cat((rows, rows)).numpy() for name, rows in self.batch.items()}
+        return DataLoader([to_step(i, arrays, B) for i in range(3)], batch_size=None)
 
     def val_dataloader(self) -> Any:
         return self.train_dataloader()

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llm.build import build
 from llm.callback.record import Record
 from llm.model import Transformer
-from llm.objective.loss import Loss, cross_entropy, n_labels
+from llm.objective.base import global_share
+from llm.objective.loss import n_labels, summed, token_nats
 from llm.run import run
 from tests.runs import Compose, saved
 
@@ -126,10 +127,9 @@ def test_step_is_the_plain_formula(compose_run: Compose) -> None:
 def test_a_part_without_labels_has_loss_zero_and_no_nan() -> None:
     logits = torch.randn(1, 4, 7, requires_grad=True)
     labels = torch.full((1, 4), -100)
-    part = cross_entropy(logits, labels)
-    assert isinstance(part, Loss)
-    assert (part.total.item(), n_labels(labels).item()) == (0.0, 0)
-    part.total.backward()
+    part = summed(token_nats(logits[0], labels[0]), labels, n_labels(labels))
+    assert (part.total.item(), part.count.item()) == (0.0, 0)
+    (part.total / global_share([{"loss": part.count}])["loss"]).backward()
     assert not logits.grad.isnan().any()  # type: ignore[union-attr]
 
 
