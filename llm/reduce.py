@@ -314,7 +314,10 @@ class Owned:
             outgoing = torch.zeros(room, dtype=self._dtype, device=self._device)
             outgoing[: received[rank()]] = self._packed(whole)
             gathered = torch.empty(len(received) * room, dtype=self._dtype, device=self._device)
-            dist.all_gather_into_tensor(gathered, outgoing)
+            gather = (
+                getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            )  # its name before torch 2.13
+            gather(gathered, outgoing)
             incoming = torch.cat([part[:n] for part, n in zip(gathered.split(room), received, strict=True)])
         else:
             outgoing = self._packed([whole[at][part.box] for group in self._return for at, part in group])
