@@ -22,7 +22,7 @@ FLOORS: dict[str, set[str]] = {
     "tokenizer": set(),
     "schedule": set(),
     "guard": set(),
-    "optimizer": set(),
+    "optimizer": {"reduce"},
     "config": set(),
     "reduce": set(),
     "strategy": {"model", "checkpoint", "config", "exit", "launch", "lock", "reduce", "signals"},

@@ -10,10 +10,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from llm.optimizer.groups import decay_groups, hidden_matrices
+from llm.optimizer.muon import Muon
 
 
 class MuonAdamW(Optimizer):
-    """Each parameter group carries `algorithm`, "muon" or "adamw", and is stepped by that torch optimizer.
+    """Each parameter group carries `algorithm`, "muon" or "adamw", and is stepped by the optimizer of that name.
 
     The two inner optimizers own nothing: they look at this object's groups and state, so `state_dict` is the usual one.
     """
@@ -30,10 +31,7 @@ class MuonAdamW(Optimizer):
     ) -> None:
         matrices = hidden_matrices(model)
         taken = {id(p) for p in matrices}
-        # match_rms_adamw scales the orthogonal update by 0.2 sqrt(max(rows, columns)): AdamW's typical update size.
-        muon = torch.optim.Muon(
-            matrices, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum)
         rest = [
             {**group, "params": [p for p in group["params"] if id(p) not in taken]}
             for group in decay_groups(model, weight_decay)

@@ -59,6 +59,9 @@ class Wire(TorchDispatchMode):
             "all_reduce": lambda: args[0],
             "all_gather_into_tensor": lambda: result,
         }
+        if name == "alltoall_base_":
+            self.n_bytes[name] += _sent(*args[1:5])
+            self.n_calls[name] += 1
         if function.namespace in ("c10d", "_c10d_functional") and name in whole:
             tensor: Tensor = whole[name]()
             self.n_bytes[name] += tensor.numel() * tensor.element_size()
@@ -66,20 +69,30 @@ class Wire(TorchDispatchMode):
         return result
 
 
+def _sent(tensor: Tensor, group: Any, received: list[int], sent: list[int]) -> int:
+    """Bytes that leave this process for others."""
+    return (sum(sent) - sent[dist.get_rank()]) * tensor.element_size()
+
+
 @contextmanager
-def network_on_mesh(strategy: FSDP, world_size: int) -> Iterator[Transformer]:
+def network_on_mesh(strategy: FSDP, world_size: int, config: TransformerConfig = CONFIG) -> Iterator[Transformer]:
     """A network as the strategy places it, in the first of so many processes of which there is only this one."""
     with fake_ranks(world_size):
-        n_tensor = strategy.tensor_parallel_size
-        shape = (strategy.replicate_size, world_size // strategy.replicate_size // n_tensor, n_tensor)
-        strategy._device_mesh = mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tensor"))
-        with torch.device("meta"):
-            network = Transformer(CONFIG)
-        strategy._lightning_module = SimpleNamespace(network=network)  # type: ignore[assignment]
-        shard = partial(strategy._shard, mesh=strategy._data_mesh())
-        apply(network, tensor_mesh=mesh["tensor"] if n_tensor > 1 else None, shard=shard)
-        materialise(network, torch.device("cpu"))
-        yield network
+        yield place_network(strategy, world_size, config)
+
+
+def place_network(strategy: FSDP, world_size: int, config: TransformerConfig) -> Transformer:
+    """A network as the strategy places it, among the processes of the default group."""
+    n_tensor = strategy.tensor_parallel_size
+    shape = (strategy.replicate_size, world_size // strategy.replicate_size // n_tensor, n_tensor)
+    strategy._device_mesh = mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    with torch.device("meta"):
+        network = Transformer(config)
+    strategy._lightning_module = SimpleNamespace(network=network)  # type: ignore[assignment]
+    shard = partial(strategy._shard, mesh=strategy._data_mesh())
+    apply(network, tensor_mesh=mesh["tensor"] if n_tensor > 1 else None, shard=shard)
+    materialise(network, torch.device("cpu"))
+    return network
 
 
 def step(strategy: FSDP, network: Transformer, n_micro_batches: int) -> None:
