@@ -1,7 +1,7 @@
 """Trading computation for memory: what a block's forward computed is computed again in its backward.
 
-In units of one hidden state [rows, length, dim], with R = ffn_dim / dim and g = n_kv_heads / n_heads, a block whose norms
-come first keeps from its forward to its backward, beside the mask and numbers per row and head,
+With R = ffn_dim / dim and g = n_kv_heads / n_heads, a block whose norms come first keeps so many hidden states
+[rows, length, dim] from its forward to its backward, beside the mask and numbers per row and head:
 
     none       10 + 4R       three for each rms norm; queries, keys, values and what attention makes of them; gate, up,
                              f(gate) and the product. With layer norms and no gate 8 + 2R

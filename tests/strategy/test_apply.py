@@ -251,7 +251,6 @@ def test_full_checkpointing_keeps_the_input_of_a_block_only() -> None:
         ("llama", "blocks", "full", True),
         ("llama", "blocks", "selective", True),
         ("gpt2", "whole", "selective", False),
-        ("t5", "whole", "none", False),
     ],
 )
 def test_compiles_without_a_break_and_once(

@@ -51,7 +51,7 @@ CASES = {
     "decoder, in parts": (1, [], ["compile=whole", "checkpointing=full"], 4),
     "encoder, ddp": (2, FAMILIES["encoder"], ["compile=whole", "checkpointing=selective"], 4),
     "decoder, fsdp": (2, [], ["compile=blocks", "checkpointing=selective"], 4),
-    "encoder-decoder": (1, FAMILIES["encoder-decoder"], ["compile=blocks", "checkpointing=none"], 6),
+    "encoder-decoder": (1, FAMILIES["encoder-decoder"], ["compile=whole", "checkpointing=none"], 4),
 }
 
 
