@@ -28,7 +28,7 @@ class Strategy(Protocol):
     def n_data_processes(self, world_size: int) -> int:
         """How many of the processes have data of their own."""
 
-    def problems(self, model: TransformerConfig, world_size: int) -> list[str]:
+    def problems(self, model: TransformerConfig, world_size: int, accelerator: str, precision: str) -> list[str]:
         """One line for each reason why so many processes cannot train `model`."""
 
 
@@ -44,10 +44,11 @@ def agree(
         CheckpointError: if `init_from` names no checkpoint.
     """
     mistakes = [*_vocabulary_and_length(model, data), *_family(model, data, family), *_devices(cfg)]
-    problems = strategy.problems(model, _n_devices(cfg) * cfg.trainer.num_nodes)
+    world_size = _n_devices(cfg) * cfg.trainer.num_nodes
+    problems = strategy.problems(model, world_size, cfg.trainer.accelerator, cfg.trainer.precision)
     mistakes += problems or _processes(cfg, here)
     try:
-        data.check_world(strategy.n_data_processes(_n_devices(cfg) * cfg.trainer.num_nodes))
+        data.check_world(strategy.n_data_processes(world_size))
     except ValueError as error:
         mistakes.append(str(error))
     if cfg.trainer.default_root_dir != cfg.run_dir:

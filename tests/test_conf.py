@@ -65,6 +65,7 @@ def test_experiment(name: str, compose_run: Compose, corpus: Path, cache_dir: Pa
     check(cfg)
     if name in REAL_SIZE:
         assert on_meta(cfg).n_parameters() > 1e8
+        assert cfg.strategy.compile == "auto"
         return
     places = [f"data.cache_dir={cache_dir}", f"run_dir={tokenizer_folder.parent / 'run'}", "trainer.accelerator=cpu"]
     local = ["data=files", f"data.path={corpus}", "logger=none", "trainer.max_steps=2", "schedule.warmup_steps=0"]

@@ -34,8 +34,8 @@ class TrainSteps(Dataset[Step]):
 
 class ValSteps(Dataset[Step]):
     """The held-out rows in order, so many at a time over all processes that step N has the same rows for any number of
-    them. The last step is shorter; a process that has fewer rows left for it than others gets an empty one. Noise is
-    that of one epoch, so that values compare.
+    them. The last step may have fewer micro-batches, but all are of one size, filled up with empty rows: what is
+    compiled for one shape would be compiled again for another. Noise is that of one epoch, so that values compare.
     """
 
     def __init__(
@@ -58,17 +58,19 @@ class ValSteps(Dataset[Step]):
         rank, world_size, micro_batch_size = self.place
         first = index * self.batch_size
         share = -(-min(self.batch_size, int(self.ends[-1]) - first) // world_size)
-        sample = first + rank * share + np.arange(share)
+        at_once = micro_batch_size or -(-self.batch_size // world_size)
+        place = np.arange(-(-share // at_once) * at_once)
+        sample = first + rank * share + place
         part = np.searchsorted(self.ends, sample, side="right")
-        empty = part == len(self.ends)
+        empty = (part == len(self.ends)) | (place >= share)
         part[empty] = 0
         row = np.where(empty, -1, sample - (self.ends - np.diff(self.ends, prepend=0))[part])
-        arrays = assemble_mixture(self.parts, part, row, np.zeros(share, np.int64), self.settings)
+        arrays = assemble_mixture(self.parts, part, row, np.zeros_like(row), self.settings)
         arrays["tasks"] = self.tasks[part]
         if self.token_bytes is not None:
             is_text = np.array([isinstance(rows.task, NextToken) for rows in self.parts])[part]
             arrays["n_bytes"] = np.where(is_text, label_bytes(arrays["labels"], self.token_bytes), 0)
-        return to_step(index, arrays, micro_batch_size or share)
+        return to_step(index, arrays, at_once)
 
 
 class From(Sampler[int]):

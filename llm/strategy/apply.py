@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import lightning as L
 from torch.distributed.device_mesh import DeviceMesh
 
 from llm.model import Transformer
 from llm.strategy.activation_checkpointing import Checkpointing, checkpoint_block
+from llm.strategy.compiling import compile_network
+from llm.strategy.float8 import convert
 from llm.strategy.tensor_parallel import split
 
 
@@ -23,23 +26,27 @@ def apply(
     network: Transformer,
     *,
     tensor_mesh: DeviceMesh | None = None,
+    float8: bool = False,
     checkpointing: Checkpointing = "none",
-    compile: bool = False,
+    compile: Literal["none", "blocks", "whole"] = "none",
     shard: Callable[[Transformer], None] | None = None,
 ) -> None:
     """Change `network` in place; each step sees what the one before has made.
 
     1. tensor parallelism replaces parameters, so it comes before everything that holds on to them
-    2. activation checkpointing wraps the forward that is then
-    3. compiled, block by block: one block is compiled and serves them all
-    4. sharding hooks around the block: its all-gather stays outside the compiled code, and is not recomputed
+    2. float8 replaces linear layers, the weights in them stay
+    3. activation checkpointing wraps the forward that is then
+    4. compiled, block by block (one is compiled and serves them all) or as a whole
+    5. sharding hooks around the block: its all-gather stays outside the compiled code, and is not recomputed
     """
     if tensor_mesh is not None:
         split(network, tensor_mesh)
+    if float8:
+        convert(network)
     for block in network.blocks:
         if checkpointing != "none":
             checkpoint_block(block, checkpointing)
-        if compile:
-            block.compile()
+    if compile != "none":
+        compile_network(network, compile)
     if shard is not None:
         shard(network)

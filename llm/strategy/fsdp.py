@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -19,9 +19,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from llm import reduce
 from llm.launch import place
 from llm.model import Transformer, TransformerConfig
-from llm.strategy import tensor_parallel
+from llm.strategy import attention, float8, tensor_parallel
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of
+from llm.strategy.attention import AttentionKernel, Attentive, dtype_of
+from llm.strategy.compiling import compile_loss, resolve
 from llm.strategy.hooks import Hooked
 from llm.strategy.materialise import materialise
 from llm.strategy.process_group import join_process_group, seed_dropout, set_timeout
@@ -30,7 +32,7 @@ from llm.strategy.stored import Stored
 _AXES = ("replicate", "shard", "tensor")
 
 
-class FSDP(Hooked, Stored, ModelParallelStrategy):
+class FSDP(Hooked, Attentive, Stored, ModelParallelStrategy):
     """Fully sharded data parallel (Rajbhandari et al. 2020, arXiv:1910.02054; Zhao et al. 2023, arXiv:2304.11277) by
     torch's fully_shard, with replicas of the shards (HSDP) and tensor parallelism as further axes of the mesh.
 
@@ -47,7 +49,11 @@ class FSDP(Hooked, Stored, ModelParallelStrategy):
         timeout_s: after which a collective that some rank does not join ends the run.
         checkpointing: what of a block's forward is computed again in the backward: none, full (everything) or
             selective (all but matrix products and attention).
-        compile: compile each block with torch.compile.
+        compile: with torch.compile each block and the loss; auto: not on a CPU. The network as a whole cannot be
+            traced, as blocks are gathered in between.
+        attention: the kernel that computes it, where it can serve; auto: the fastest, tried at the start, on a CPU
+            torch's choice.
+        float8: multiply the matrices of the blocks in 8-bit floating point.
     """
 
     def __init__(
@@ -57,7 +63,9 @@ class FSDP(Hooked, Stored, ModelParallelStrategy):
         reshard_after_forward: bool = True,
         timeout_s: Annotated[float, Gt(0)] = 600,
         checkpointing: Checkpointing = "none",
-        compile: bool = False,
+        compile: Literal["none", "blocks", "auto"] = "none",
+        attention: AttentionKernel = "auto",
+        float8: bool = False,
     ) -> None:
         super().__init__()
         self.replicate_size = replicate_size
@@ -66,16 +74,21 @@ class FSDP(Hooked, Stored, ModelParallelStrategy):
         self.timeout_s = timeout_s
         self.checkpointing = checkpointing
         self.compile = compile
+        self.attention = attention
+        self.float8 = float8
         self._policy = MixedPrecisionPolicy()
 
     def n_data_processes(self, world_size: int) -> int:
         """How many processes have data of their own."""
         return max(1, world_size // self.tensor_parallel_size)
 
-    def problems(self, model: TransformerConfig, world_size: int) -> list[str]:
+    def problems(self, model: TransformerConfig, world_size: int, accelerator: str, precision: str) -> list[str]:
         """One line for each reason why `world_size` processes cannot train `model`."""
         unit = self.replicate_size * self.tensor_parallel_size
         found = tensor_parallel.problems(model, self.tensor_parallel_size)
+        if not found:  # else there are no such heads
+            found += attention.problems(self.attention, model, accelerator, precision, self.tensor_parallel_size)
+        found += float8.problems(model, accelerator, self.tensor_parallel_size) if self.float8 else []
         if world_size % unit:
             found.append(
                 f"strategy.replicate_size x strategy.tensor_parallel_size: {self.replicate_size} x "
@@ -133,14 +146,21 @@ class FSDP(Hooked, Stored, ModelParallelStrategy):
 
     def setup(self, trainer: L.Trainer) -> None:
         network = network_of(self.lightning_module)
+        compile = resolve(self.compile, network, self.root_device, spread=True)
+        dtype = self._policy.param_dtype or dtype_of(trainer.precision)
+        n_data, n_shares = self.n_data_processes(self.world_size), self.tensor_parallel_size
+        self.choose_attention(trainer, network.config, dtype, n_data, n_shares)
         tensor_mesh = self.device_mesh["tensor"] if self.tensor_parallel_size > 1 else None
         apply(
             network,
             tensor_mesh=tensor_mesh,
+            float8=self.float8,
             checkpointing=self.checkpointing,
-            compile=self.compile,
+            compile=compile,
             shard=partial(self._shard, mesh=self._data_mesh()),
         )
+        if compile != "none" and tensor_mesh is None:  # else the scores are gathered in between
+            compile_loss(self.lightning_module)
         materialise(network, self.root_device)
         super().setup(trainer)
         seed_dropout(self.distributed_sampler_kwargs["rank"])

@@ -1,5 +1,6 @@
 """TextData: each row of text reaches the model once, in the order that (seed, step) says, however it is divided."""
 
+import math
 import pickle
 from itertools import pairwise
 from pathlib import Path
@@ -187,7 +188,7 @@ class TestValidation:
     @pytest.mark.parametrize("world", [1, 2, 3, 5])
     @pytest.mark.parametrize("size", [1, 4, 7, None])
     def test_each_row_once_and_equally_many_batches(self, folder: Path, world: int, size: int | None) -> None:
-        """30 rows a step: shared by any of these numbers of processes, whose last step may have a row less."""
+        """30 rows a step: shared by any of these numbers of processes, whose last step is filled up."""
         data = mixture(folder)
         sources = list(data._prepared.val.values())
         n_rows = sum(map(len, sources))
@@ -198,25 +199,29 @@ class TestValidation:
         steps = [[table[index] for index in range(len(table))] for table in tables]
         for index in range(len(steps[0])):
             rows = joined([batch for mine in steps for batch in mine[index].micro_batches])["samples"]
-            assert sorted(rows[rows >= 0].tolist()) == list(range(index * 30, min(n_rows, index * 30 + 30)))
+            due = range(index * 30, min(n_rows, index * 30 + 30))
+            assert sorted(rows[rows >= 0].tolist()) == list(due)
+            n_batches = math.ceil(math.ceil(len(due) / world) / (size or 30 // world))
+            assert len(steps[0][index].micro_batches) == n_batches, "none for nothing"
         batches = [[batch for step in mine for batch in step.micro_batches] for mine in steps]
         assert len({len(mine) for mine in batches}) == 1
         shapes = [[batch["tokens"].shape for batch in mine] for mine in batches]
         assert all(mine == shapes[0] for mine in shapes)
+        assert {shape[0] for shape in shapes[0]} == {size or 30 // world}, "one shape, for compiled code"
         everything = joined([batch for mine in batches for batch in mine])
         real = everything["samples"] >= 0
         assert sorted(everything["samples"][real].tolist()) == list(range(n_rows))
         assert (everything["labels"][~real] == IGNORED).all()
         assert (everything["documents"][~real] == 0).all()
         assert (everything["n_bytes"][~real] == 0).all()
-        assert (~real).sum() < world * 1 + 1
         assert everything["n_bytes"].sum() == sum(len(text.encode()) for text in data.val_texts())
 
-    def test_the_last_batch_is_shorter(self, folder: Path) -> None:
+    def test_the_last_batch_has_fewer_micro_batches_of_the_same_size(self, folder: Path) -> None:
         data = make(folder, batch_size=20, micro_batch_size=4)
         assert len(data._prepared.val["files", "causal_lm"]) == 30
-        sizes = [[len(batch["samples"]) for batch in step.micro_batches] for step in data.val_dataloader()]
-        assert sizes == [[4, 4, 4, 4, 4], [4, 4, 2]]
+        steps = list(data.val_dataloader())
+        assert [[len(batch["samples"]) for batch in step.micro_batches] for step in steps] == [[4] * 5, [4] * 3]
+        assert steps[1].micro_batches[2]["samples"].tolist() == [28, 29, -1, -1]
 
     @pytest.mark.parametrize("recipe", [Bytes(), ByteLevelBPE(300)])
     def test_val_texts_are_the_held_out_documents(self, folder: Path, recipe: Any) -> None:

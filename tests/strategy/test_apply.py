@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partialmethod
+from typing import Literal
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def built(name: str) -> Transformer:
 # Meta device
 
 
-def drawn_on_mesh(name: str, n_replicas: int, n_shards: int, n_tensor: int, compile: bool = False) -> dict[str, Tensor]:
+def drawn_on_mesh(name: str, n_replicas: int, n_shards: int, n_tensor: int, blocks: bool = False) -> dict[str, Tensor]:
     """The initial weights, and the gradients, of a network built on the meta device and spread over a mesh."""
     mesh = init_device_mesh("cpu", (n_replicas, n_shards, n_tensor), mesh_dim_names=("replicate", "shard", "tensor"))
     with torch.device("meta"):
@@ -112,7 +113,12 @@ def drawn_on_mesh(name: str, n_replicas: int, n_shards: int, n_tensor: int, comp
             fully_shard(block, mesh=mesh["replicate", "shard"])
         fully_shard(network, mesh=mesh["replicate", "shard"], reshard_after_forward=False)
 
-    apply(network, tensor_mesh=mesh["tensor"] if n_tensor > 1 else None, compile=compile, shard=shard)
+    apply(
+        network,
+        tensor_mesh=mesh["tensor"] if n_tensor > 1 else None,
+        compile="blocks" if blocks else "none",
+        shard=shard,
+    )
     torch.manual_seed(0)
     materialise(network, torch.device("cpu"))
     weights = whole(network.state_dict())
@@ -179,7 +185,7 @@ def test_widths_that_cannot_be_shared() -> None:
         "strategy.tensor_parallel_size: 4 - must divide model.ffn_dim, which is 10 - change one of the two",
     ]
     assert problems(config, 1) == []
-    assert FSDP(replicate_size=2).problems(config, 3) == [
+    assert FSDP(replicate_size=2).problems(config, 3, "cpu", "32-true") == [
         "strategy.replicate_size x strategy.tensor_parallel_size: 2 x 1 - must divide the 3 processes of the run - "
         "change them, or trainer.devices and trainer.num_nodes"
     ]
@@ -238,11 +244,24 @@ def test_full_checkpointing_keeps_the_input_of_a_block_only() -> None:
     assert kept["none"] > 10 * kept["full"]
 
 
-@pytest.mark.parametrize(("checkpointing", "sharded"), [("none", False), ("full", True), ("selective", True)])
-def test_blocks_compile_whole_and_once(
-    checkpointing: Checkpointing, sharded: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "compile", "checkpointing", "sharded"),
+    [
+        ("llama", "blocks", "none", False),
+        ("llama", "blocks", "full", True),
+        ("llama", "blocks", "selective", True),
+        ("gpt2", "whole", "selective", False),
+    ],
+)
+def test_compiles_without_a_break_and_once(
+    name: str,
+    compile: Literal["blocks", "whole"],
+    checkpointing: Checkpointing,
+    sharded: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """One graph for all blocks, without a break, inside activation checkpointing's and outside sharding's hooks."""
+    """One graph for all blocks, or for the whole network, around activation checkpointing and inside sharding's
+    hooks."""
     from torch._dynamo.utils import counters
 
     # Graphs are what is looked at here; generating C++ from them is slow.
@@ -251,8 +270,8 @@ def test_blocks_compile_whole_and_once(
     try:
         torch._dynamo.reset()
         counters.clear()
-        expected = gradients(built("llama"))
-        network = built("llama")
+        expected = gradients(built(name))
+        network = built(name)
         mesh = init_device_mesh("cpu", (1,))
 
         def shard(network: Transformer) -> None:
@@ -260,7 +279,8 @@ def test_blocks_compile_whole_and_once(
                 fully_shard(block, mesh=mesh)
             fully_shard(network, mesh=mesh, reshard_after_forward=False)
 
-        apply(network, checkpointing=checkpointing, compile=True, shard=shard if sharded else None)
+        apply(network, checkpointing=checkpointing, compile=compile, shard=shard if sharded else None)
+        assert list(network.state_dict()) == list(built(name).state_dict())
         got = whole(gradients(network))
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         assert counters["stats"]["unique_graphs"] == 1
