@@ -181,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("text", type=Path, help="tiny Shakespeare, input.txt or input.txt.gz")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--short", type=int, default=500, help="steps of the short run")
+    parser.add_argument("--short", type=int, default=350, help="steps of the short run")
     parser.add_argument("--only", nargs="*", default=["start-up", "short", "recipe", "reference"])
     parser.add_argument("--override", nargs="*", default=[], help="of the experiment, in all of its runs")
     parser.add_argument("--reference", type=int, help=argparse.SUPPRESS)  # the child: seed
