@@ -46,6 +46,8 @@ def needs(choice: str, corpus: Path, tokenizer_folder: Path) -> list[str]:
     return {
         "files": [f"data.path={corpus}"],
         "text": [f"data.sources.text.path={corpus.parent}/text.txt"],
+        "book": [f"data.sources.text.path={corpus.parent}/text.txt"],
+        "shakespeare_char": [f"data.sources.text.path={corpus}"],
         "mixture": [f"data.sources.files.path={corpus}"],
         "pretrained": [f"tokenizer.path={tokenizer_folder}"],
         "llama_1b": [f"tokenizer.path={tokenizer_folder}"],

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Gt
+from annotated_types import Gt, Lt
 
 
 class DataError(ValueError):
@@ -86,17 +86,28 @@ class Files(Source):
 
     `path` is a file, a folder (all files below it with a known ending), a glob, or a list of these. `column` names
     the field that holds the text. A plain text file is one `document`, or one per paragraph (between blank lines) or
-    per line. `val_path` names held-out files; without it every `val_every`-th document is held out.
+    per line. `val_path` names held-out files; `val_share` instead holds out the end of each document, for texts that
+    are few and long: so much of its characters. With neither, every `val_every`-th document is held out.
     """
 
     path: str | list[str]
     column: str = "text"
     document: Literal["file", "paragraph", "line"] = "file"
     val_path: str | list[str] | None = None
+    val_share: Annotated[float, Gt(0), Lt(1)] | None = None
     weight: Annotated[float, Gt(0)] = 1.0
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
+        if self.val_share is None:
+            return
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"val_share={self.val_share} of a data source: must be above 0 and below 1, as 0.1")
+        if self.val_path is not None:
+            raise ValueError(
+                f"val_share={self.val_share} of a data source: val_path={self.val_path} says already what is held "
+                "out; leave one of the two out"
+            )
 
     def files(self) -> list[Path]:
         paths: Iterable[str] = [self.path] if isinstance(self.path, str) else self.path
@@ -109,14 +120,40 @@ class Files(Source):
         from llm.data.read import read
 
         for file in self.files():
-            yield from read(file, self.column, self.document)
+            for text in read(file, self.column, self.document):
+                yield text[: self.first_held_out(text)]
+
+    def first_held_out(self, text: str) -> int | None:
+        """The first character of a document that is held out; None: all of it is trained on."""
+        return None if self.val_share is None else int(len(text) * (1 - self.val_share))
 
     def fingerprint(self) -> str:
         files = [(path.resolve().as_posix(), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()]
-        return digest("files", files, self.column, self.document)
+        share = [] if self.val_share is None else [self.val_share]
+        return digest("files", files, self.column, self.document, *share)
 
     def validation(self) -> Source | None:
+        if self.val_share is not None:
+            return _Ends(self)
         return None if self.val_path is None else replace(self, path=self.val_path, val_path=None)
+
+
+@dataclass(frozen=True)
+class _Ends(Source):
+    """The ends of documents that `val_share` of their source holds out."""
+
+    source: Files
+
+    @property
+    def weight(self) -> float:  # type: ignore[override]
+        return self.source.weight
+
+    def documents(self) -> Iterator[str]:
+        for text in replace(self.source, val_share=None).documents():
+            yield text[self.source.first_held_out(text) :]
+
+    def fingerprint(self) -> str:
+        return digest("ends", self.source.fingerprint())
 
 
 @dataclass(frozen=True)

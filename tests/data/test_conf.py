@@ -15,6 +15,7 @@ DATA = {
     "stdlib": ([], {"python": StandardLibrary()}),
     "files": (["data.path=a.jsonl", "data.column=body"], {"files": Files("a.jsonl", "body")}),
     "text": (["data.sources.text.path=a.txt"], {"text": Files("a.txt", document="paragraph")}),
+    "book": (["data.sources.text.path=a.txt"], {"text": Files("a.txt", document="file", val_share=0.1)}),
     "hub": ([], {"hub": Hub("HuggingFaceFW/fineweb-edu", "sample-10BT")}),
     "mixture": (
         ["data.sources.files.path=a.jsonl"],

@@ -233,6 +233,19 @@ class TestValidation:
         assert list(data.val_texts()) == make_texts(30, seed=1, longest=8)
         assert data.report()["train"]["mine"]["documents"] == len(TEXTS)
 
+    def test_the_end_of_a_long_text(self, tmp_path: Path) -> None:
+        text = "".join(make_texts(20))
+        (tmp_path / "book.txt").write_text(text, "utf-8")
+        data = make(tmp_path, sources={"book": Files(str(tmp_path / "book.txt"), val_share=0.1)})
+        cut = int(len(text) * 0.9)
+        assert list(data.val_texts()) == [text[cut:]]
+        batches = [batch for step in on(data).val_dataloader() for batch in step.micro_batches]
+        labels = torch.cat([batch["labels"].flatten() for batch in batches])
+        kept = sorted(labels[labels != IGNORED].tolist())
+        assert kept == sorted([*text[cut:].encode(), data.tokenizer.eot_id])  # each once
+        held_in = data._prepared.train["book", "causal_lm"]
+        assert [data.tokenizer.decode(tokens) for tokens in held_in.documents()] == [text[:cut]]
+
     def test_nothing_held_out(self, folder: Path) -> None:
         data = make(folder, val_every=None)
         assert data.val_dataloader() == []

@@ -129,6 +129,29 @@ def test_own_validation_files(tmp_path: Path) -> None:
     assert (list(source.documents()), list(held_out.documents())) == (["train.txt"], ["val.txt"])
 
 
+def test_the_end_of_each_document_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("0123456789\néèêëà日本語", "utf-8")  # 19 characters, of more bytes
+    source = Files(str(tmp_path / "a.txt"), val_share=0.1)
+    held_out = source.validation()
+    assert held_out is not None
+    assert held_out.validation() is None
+    assert (list(source.documents()), list(held_out.documents())) == (["0123456789\néèêëà日"], ["本語"])
+    by_line = Files(str(tmp_path / "a.txt"), document="line", val_share=0.5)
+    ends = by_line.validation()
+    assert ends is not None
+    assert (list(by_line.documents()), list(ends.documents())) == (["01234", "éèêë"], ["56789", "à日本語"])
+    whole = Files(str(tmp_path / "a.txt"))
+    assert len({which.fingerprint() for which in (whole, source, held_out, by_line, ends)}) == 5
+
+
+def test_what_is_held_out_is_said_once_and_is_a_share(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"val_share=0\.1 .* val_path=b says already .* leave one"):
+        Files("a", val_path="b", val_share=0.1)
+    for share in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"val_share={share} .* above 0 and below 1"):
+            Files("a", val_share=share)
+
+
 FAULTS = {
     "bad_utf8.jsonl": (
         b'{"text": "a"}\n{"text": "b\xff"}\n',
