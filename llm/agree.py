@@ -28,8 +28,10 @@ class Strategy(Protocol):
     def n_data_processes(self, world_size: int) -> int:
         """How many of the processes have data of their own."""
 
-    def problems(self, model: TransformerConfig, world_size: int, accelerator: str, precision: str) -> list[str]:
-        """One line for each reason why so many processes cannot train `model`."""
+    def problems(
+        self, model: TransformerConfig, world_size: int, accelerator: str, precision: str, documents: bool
+    ) -> list[str]:
+        """One line for each reason why so many processes cannot train `model`, on rows of several documents or not."""
 
 
 def agree(
@@ -45,7 +47,9 @@ def agree(
     """
     mistakes = [*_vocabulary_and_length(model, data), *_family(model, data, family), *_devices(cfg)]
     world_size = _n_devices(cfg) * cfg.trainer.num_nodes
-    problems = strategy.problems(model, world_size, cfg.trainer.accelerator, cfg.trainer.precision)
+    problems = strategy.problems(
+        model, world_size, cfg.trainer.accelerator, cfg.trainer.precision, data.tells_documents
+    )
     mistakes += problems or _processes(cfg, here)
     try:
         data.check_world(strategy.n_data_processes(world_size))

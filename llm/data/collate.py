@@ -93,12 +93,14 @@ class Settings:
 
     document_mask  documents of one row do not see each other
     pairs          whether any of the tasks has pairs: then every batch has the fields for them
+    documents      batches have `documents` and `positions`; else rows are one document, from its beginning
     """
 
     symbols: Symbols
     document_mask: bool
     seed: int
     pairs: bool = False
+    documents: bool = True
 
 
 def assemble_mixture(
@@ -221,10 +223,13 @@ def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def to_step(index: int, arrays: dict[str, np.ndarray], micro_batch_size: int) -> Step:
-    """Rows as micro-batches, and how many tokens they are: counted while they are on the host."""
+def to_step(index: int, arrays: dict[str, np.ndarray], micro_batch_size: int, *, documents: bool = True) -> Step:
+    """Rows as micro-batches, and how many tokens they are: counted while they are on the host. Without `documents`
+    they leave out what they would say of those."""
     sides = [arrays[side] for side in ("documents", "source_documents") if side in arrays]
     n_tokens = sum(int(np.count_nonzero(documents)) for documents in sides)  # 0 marks padding
+    if not documents:
+        arrays = {name: array for name, array in arrays.items() if name not in ("documents", "positions")}
     return Step(index, split(to_batch(arrays), micro_batch_size), n_tokens)
 
 

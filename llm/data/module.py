@@ -165,6 +165,12 @@ class TextData(LightningDataModule):
         return any(isinstance(task, Masking) and task.next_sentence for task in self.tasks.values())
 
     @property
+    def tells_documents(self) -> bool:
+        """Whether batches say which document each token is of: not where a row is one document, and nothing sees the
+        padding, as it comes later."""
+        return self.document_mask or self.family != "decoder"
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._prepared.tokenizer
 
@@ -297,7 +303,8 @@ class TextData(LightningDataModule):
 
     @property
     def _settings(self) -> Settings:
-        return Settings(Symbols.of(self.tokenizer), self.document_mask, self.seed, self.has_pairs)
+        symbols = Symbols.of(self.tokenizer)
+        return Settings(symbols, self.document_mask, self.seed, self.has_pairs, self.tells_documents)
 
     def _place(self) -> tuple[int, int]:
         """Which share of each batch is this process's: the strategy knows, as several processes may have the same."""

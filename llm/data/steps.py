@@ -29,7 +29,7 @@ class TrainSteps(Dataset[Step]):
         part = slots.source[mine]
         arrays = assemble_mixture(self.parts, part, slots.row[mine], slots.epoch[mine], self.settings)
         arrays["tasks"] = self.tasks[part]
-        return to_step(index, arrays, micro_batch_size or share)
+        return to_step(index, arrays, micro_batch_size or share, documents=self.settings.documents)
 
 
 class ValSteps(Dataset[Step]):
@@ -70,7 +70,7 @@ class ValSteps(Dataset[Step]):
         if self.token_bytes is not None:
             is_text = np.array([isinstance(rows.task, NextToken) for rows in self.parts])[part]
             arrays["n_bytes"] = np.where(is_text, label_bytes(arrays["labels"], self.token_bytes), 0)
-        return to_step(index, arrays, at_once)
+        return to_step(index, arrays, at_once, documents=self.settings.documents)
 
 
 class From(Sampler[int]):

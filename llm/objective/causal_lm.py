@@ -15,8 +15,9 @@ class CausalLM(Objective):
     """Each token from those before it in its document (Radford et al. 2019).
 
     Whether a document is in its own order or with its middle at the end (Bavarian et al. 2022) is the data's affair.
-    A batch holds `tokens`, `labels`, `documents` and `positions`, all [B, T]; validation adds `n_bytes` [B], so that
-    the loss can be told per byte of text, which compares across tokenizers. A row of 0 bytes is left out of that.
+    A batch holds `tokens`, `labels` and, unless each row is one document, `documents` and `positions`, all [B, T];
+    validation adds `n_bytes` [B], so that the loss can be told per byte of text, which compares across tokenizers. A
+    row of 0 bytes is left out of that.
     """
 
     family: ClassVar[str] = "decoder"
@@ -27,7 +28,8 @@ class CausalLM(Objective):
 
     def losses(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Loss]:
         """Cross-entropy in nats."""
-        hidden = self.network(batch["tokens"], documents=batch["documents"], positions=batch["positions"])  # [B, T, D]
+        documents, positions = batch.get("documents"), batch.get("positions")
+        hidden = self.network(batch["tokens"], documents=documents, positions=positions)  # [B, T, D]
         nats = self.nats(hidden.flatten(0, 1), batch["labels"].flatten())
         return {"loss": summed(nats, batch["labels"], counts["loss"], by_row=self.by_row)}
 

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from llm import reduce
 from llm.model import Source, Transformer, TransformerConfig
+from llm.model.mask import Way
 
 Kernel = Literal["flash", "cudnn", "efficient", "math"]
 AttentionKernel = Literal["auto", "flash", "cudnn", "efficient", "math"]
@@ -29,6 +30,7 @@ _BACKENDS: dict[str, SDPBackend] = {
     "math": SDPBackend.MATH,
 }
 _ON_CPU = ("flash", "math")
+_NARROWEST = 16  # heads that flex_attention takes
 
 
 class Call(NamedTuple):
@@ -86,9 +88,22 @@ class _Recorded(TorchFunctionMode):
         self.calls[Call(tuple(query.shape), tuple(key.shape), mask, dropout_p, is_causal, enable_gqa)] = None
 
 
-def calls_of(config: TransformerConfig, n_rows: int, length: int, n_shares: int = 1) -> list[Call]:
-    """What a network of `config` calls in training on packed rows [n_rows, length], where `n_shares` processes have a
-    share of its heads each. Found out by running it on the meta device: nothing is computed."""
+def way_of(asked: AttentionKernel, config: TransformerConfig, device: torch.device, *, compiled: bool) -> Way:
+    """How documents and windows are hidden (see llm/model/mask.py): on a CPU by run, unless that is compiled, which
+    would be for every layout of documents; else by block, where flex_attention can serve, unless a kernel was `asked`
+    for by name.
+    """
+    if device.type == "cpu":
+        return "dense" if compiled else "runs"
+    return "blocks" if asked == "auto" and config.dropout == 0 and config.head_width >= _NARROWEST else "dense"
+
+
+def calls_of(
+    config: TransformerConfig, n_rows: int, length: int, n_shares: int = 1, *, documents: bool = True
+) -> list[Call]:
+    """What a network of `config` calls with dense masks in training on rows [n_rows, length], of several documents or
+    not, where `n_shares` processes have a share of its heads each. Found out by running it on the meta device: nothing
+    is computed."""
     config = replace(
         config,
         n_heads=config.n_heads // n_shares,
@@ -101,7 +116,7 @@ def calls_of(config: TransformerConfig, n_rows: int, length: int, n_shares: int 
         tokens = torch.zeros(n_rows, length, dtype=torch.long)
         source = Source(tokens, tokens, tokens) if config.family == "encoder_decoder" else None
         with _Recorded() as recorded:
-            network(tokens, documents=tokens, positions=tokens, source=source)
+            network(tokens, documents=tokens if documents else None, positions=tokens, source=source)
     return list(recorded.calls)
 
 
@@ -125,7 +140,13 @@ def serves(kernel: str, call: Call, device: torch.device, dtype: torch.dtype) ->
 
 
 def problems(
-    kernel: AttentionKernel, config: TransformerConfig, accelerator: str, precision: str, n_shares: int = 1
+    kernel: AttentionKernel,
+    config: TransformerConfig,
+    accelerator: str,
+    precision: str,
+    n_shares: int = 1,
+    *,
+    documents: bool = True,
 ) -> list[str]:
     """One line if `kernel`, asked for by name, cannot serve the model on this machine."""
     if kernel in ("auto", "math"):
@@ -140,7 +161,7 @@ def problems(
     if accelerator != "cpu" and not torch.cuda.is_available():
         return []  # which is said elsewhere
     device = torch.device("cpu") if accelerator == "cpu" else torch.device("cuda", torch.cuda.current_device())
-    for call in calls_of(config, 1, config.max_length, n_shares):
+    for call in calls_of(config, 1, config.max_length, n_shares, documents=documents):
         if not serves(kernel, call, device, dtype_of(precision)):
             return [f"strategy.attention: {kernel} - cannot do what the model asks for ({_told(call)}) - take auto"]
     return []
@@ -250,25 +271,32 @@ class Attentive:
     def choose_attention(
         self,
         trainer: L.Trainer,
-        config: TransformerConfig,
+        network: Transformer,
         dtype: torch.dtype,
         n_data_processes: int,
         n_shares: int = 1,
+        *,
+        compiled: bool,
     ) -> None:
         """Settle which kernel serves; all processes call this, before anything is traced.
 
         Args:
             trainer: with the data.
-            config: of the network.
+            network: which is told how to hide documents from each other.
             dtype: in which attention computes.
             n_data_processes: among how many a batch is divided.
             n_shares: how many processes share the heads.
+            compiled: whether the network, or its blocks, will be.
         """
+        config = network.config
+        network.mask_way = way_of(self.attention, config, self.root_device, compiled=compiled)
         self.kernel = None if self.attention == "auto" else self.attention
         if self.attention == "auto" and measurable(self.root_device):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             n_rows = data.micro_batch_size or data.batch_size // n_data_processes
-            calls = calls_of(config, n_rows, data.max_length, n_shares)
+            calls = calls_of(config, n_rows, data.max_length, n_shares, documents=data.tells_documents)
+            if network.mask_way == "blocks":  # what has truth values for a mask does not call for these kernels
+                calls = [call for call in calls if call.mask is None or call.mask[1] != torch.bool]
             self._able = lambda kernel: all(serves(kernel, call, self.root_device, dtype) for call in calls)
             found = fastest(calls, self.root_device, dtype) if reduce.rank() == 0 else None
             self.kernel = agreed(found, self.root_device)

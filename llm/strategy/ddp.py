@@ -63,9 +63,10 @@ class DDP(Hooked, Attentive, Stored, DDPStrategy):
         network = network_of(self.lightning_module)
         compile = resolve(self.compile, network, self.root_device)
         n_data = self.n_data_processes(self.world_size)
-        self.choose_attention(trainer, network.config, dtype_of(trainer.precision), n_data)
+        compiled = compile != "none"
+        self.choose_attention(trainer, network, dtype_of(trainer.precision), n_data, compiled=compiled)
         apply(network, float8=self.float8, checkpointing=self.checkpointing, compile=compile)
-        if compile != "none":
+        if compiled:
             compile_loss(self.lightning_module)
         super().setup(trainer)
         seed_dropout(self.global_rank)
@@ -74,7 +75,9 @@ class DDP(Hooked, Attentive, Stored, DDPStrategy):
         """How many processes have data of their own."""
         return world_size
 
-    def problems(self, model: TransformerConfig, world_size: int, accelerator: str, precision: str) -> list[str]:
+    def problems(
+        self, model: TransformerConfig, world_size: int, accelerator: str, precision: str, documents: bool
+    ) -> list[str]:
         """One line for each reason why `world_size` processes cannot train `model`."""
-        found = attention.problems(self.attention, model, accelerator, precision)
+        found = attention.problems(self.attention, model, accelerator, precision, documents=documents)
         return found + (float8.problems(model, accelerator) if self.float8 else [])

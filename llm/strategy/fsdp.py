@@ -82,12 +82,15 @@ class FSDP(Hooked, Attentive, Stored, ModelParallelStrategy):
         """How many processes have data of their own."""
         return max(1, world_size // self.tensor_parallel_size)
 
-    def problems(self, model: TransformerConfig, world_size: int, accelerator: str, precision: str) -> list[str]:
+    def problems(
+        self, model: TransformerConfig, world_size: int, accelerator: str, precision: str, documents: bool
+    ) -> list[str]:
         """One line for each reason why `world_size` processes cannot train `model`."""
         unit = self.replicate_size * self.tensor_parallel_size
         found = tensor_parallel.problems(model, self.tensor_parallel_size)
         if not found:  # else there are no such heads
-            found += attention.problems(self.attention, model, accelerator, precision, self.tensor_parallel_size)
+            n_shares = self.tensor_parallel_size
+            found += attention.problems(self.attention, model, accelerator, precision, n_shares, documents=documents)
         found += float8.problems(model, accelerator, self.tensor_parallel_size) if self.float8 else []
         if world_size % unit:
             found.append(
@@ -149,7 +152,7 @@ class FSDP(Hooked, Attentive, Stored, ModelParallelStrategy):
         compile = resolve(self.compile, network, self.root_device, spread=True)
         dtype = self._policy.param_dtype or dtype_of(trainer.precision)
         n_data, n_shares = self.n_data_processes(self.world_size), self.tensor_parallel_size
-        self.choose_attention(trainer, network.config, dtype, n_data, n_shares)
+        self.choose_attention(trainer, network, dtype, n_data, n_shares, compiled=compile != "none")
         tensor_mesh = self.device_mesh["tensor"] if self.tensor_parallel_size > 1 else None
         apply(
             network,

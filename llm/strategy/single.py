@@ -47,9 +47,10 @@ class Single(Hooked, Attentive, Stored, SingleDeviceStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         network = network_of(self.lightning_module)
         compile = resolve(self.compile, network, self.root_device)
-        self.choose_attention(trainer, network.config, dtype_of(trainer.precision), n_data_processes=1)
+        compiled = compile != "none"
+        self.choose_attention(trainer, network, dtype_of(trainer.precision), n_data_processes=1, compiled=compiled)
         apply(network, float8=self.float8, checkpointing=self.checkpointing, compile=compile)
-        if compile != "none":
+        if compiled:
             compile_loss(self.lightning_module)
         super().setup(trainer)
 
@@ -57,9 +58,11 @@ class Single(Hooked, Attentive, Stored, SingleDeviceStrategy):
         """How many processes have data of their own."""
         return 1
 
-    def problems(self, model: TransformerConfig, world_size: int, accelerator: str, precision: str) -> list[str]:
+    def problems(
+        self, model: TransformerConfig, world_size: int, accelerator: str, precision: str, documents: bool
+    ) -> list[str]:
         """One line for each reason why `world_size` processes cannot train `model`."""
-        found = attention.problems(self.attention, model, accelerator, precision)
+        found = attention.problems(self.attention, model, accelerator, precision, documents=documents)
         found += float8.problems(model, accelerator) if self.float8 else []
         if world_size == 1:
             return found

@@ -95,8 +95,8 @@ class TestRows:
             (a,), (b,) = one.micro_batches, other.micro_batches
             assert torch.equal(a["tokens"], b["tokens"])
             assert torch.equal(a["labels"], b["labels"])
-            assert torch.equal((a["documents"] > 0).long(), b["documents"])
-            assert torch.equal(b["positions"], torch.arange(64).expand(8, 64))
+            assert a.keys() - b.keys() == {"documents", "positions"}
+            assert one.n_tokens == other.n_tokens == (a["documents"] > 0).sum()
 
     def test_types_and_shapes(self, folder: Path) -> None:
         (batch,) = steps_of(make(folder))[0].micro_batches

@@ -185,7 +185,7 @@ def test_widths_that_cannot_be_shared() -> None:
         "strategy.tensor_parallel_size: 4 - must divide model.ffn_dim, which is 10 - change one of the two",
     ]
     assert problems(config, 1) == []
-    assert FSDP(replicate_size=2).problems(config, 3, "cpu", "32-true") == [
+    assert FSDP(replicate_size=2).problems(config, 3, "cpu", "32-true", True) == [
         "strategy.replicate_size x strategy.tensor_parallel_size: 2 x 1 - must divide the 3 processes of the run - "
         "change them, or trainer.devices and trainer.num_nodes"
     ]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from llm.config import ConfigError
 from llm.run import run
 from llm.strategy import attention
-from llm.strategy.attention import Kernel, agreed, calls_of, fastest, problems, serves, use
+from llm.strategy.attention import Kernel, agreed, calls_of, fastest, problems, serves, use, way_of
 from tests.ranks import run_on_ranks
 from tests.runs import Compose, saved
 from tests.strategy.test_apply import NETWORKS, built, gradients
@@ -58,10 +58,21 @@ def test_calls_are_those_of_the_model() -> None:
     (call,) = calls_of(LLAMA, 3, 8)
     assert call.query == (3, 4, 8, 8)
     assert call.mask is not None, "rows hold several documents"
+    (alone,) = calls_of(LLAMA, 3, 8, documents=False)
+    assert (alone.mask, alone.causal) == (None, True)
     (shared,) = calls_of(LLAMA, 3, 8, n_shares=2)
     assert shared.query == (3, 2, 8, 8)
     kinds = calls_of(NETWORKS["t5"], 3, 8)
     assert {call.mask[1:] for call in kinds if call.mask} == {(torch.float32, True), (torch.bool, False)}
+
+
+def test_how_documents_are_hidden() -> None:
+    wide, gpu = replace(LLAMA, head_dim=64), torch.device("cuda")
+    assert way_of("auto", LLAMA, CPU, compiled=False) == way_of("math", LLAMA, CPU, compiled=False) == "runs"
+    assert way_of("auto", LLAMA, CPU, compiled=True) == "dense"
+    assert way_of("auto", wide, gpu, compiled=False) == way_of("auto", wide, gpu, compiled=True) == "blocks"
+    dense = [("cudnn", wide), ("auto", replace(wide, dropout=0.1)), ("auto", replace(wide, head_dim=8))]
+    assert [way_of(asked, config, gpu, compiled=True) for asked, config in dense] == ["dense"] * 3
 
 
 def test_the_fastest_of_those_that_serve() -> None:
