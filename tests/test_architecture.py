@@ -169,6 +169,26 @@ def test_light_modules_load_no_torch() -> None:
     assert done.stderr.strip() == "set()"
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]], ids=" ".join)
+def test_asking_loads_nothing_that_trains(arguments: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "train.py", *arguments]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in told.stderr.splitlines()}
+    assert "hydra" in loaded
+    heavy = {
+        "torch",
+        "lightning",
+        "numpy",
+        "tokenizers",
+        "transformers",
+        "datasets",
+        "wandb",
+        "tensorboard",
+        "matplotlib",
+    }
+    assert not loaded & heavy
+
+
 def test_every_library_that_is_imported_is_declared() -> None:
     """A dependency of a dependency may go away with the next release."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

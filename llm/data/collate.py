@@ -72,8 +72,10 @@ def assemble(rows: Rows, chosen: np.ndarray, document_mask: bool, pad_id: int) -
     positions = _ranges(lengths)
     where = np.repeat(starts, lengths) + positions
     tokens = rows.tokens.take(where, mode="clip").astype(np.int64)  # padding may point behind the end of a short file
-    where += 1
-    labels = rows.tokens.take(where, mode="clip").astype(np.int64)
+    # A label is the next token, which is the batch's own but at the end of a piece: one gather less of every token.
+    labels = np.append(tokens[1:], 0)
+    last = np.cumsum(lengths)[lengths > 0] - 1
+    labels[last] = rows.tokens.take(where[last] + 1, mode="clip")
     documents = np.repeat(nth + 1, lengths)
     if filled.sum() < n_rows * length:
         unused = np.arange(length) >= filled[:, None]

@@ -15,6 +15,8 @@ import numpy as np
 # Only the last rows of a block are not full, so blocks must be long: even of 50-token documents, a block is 400 rows
 # of 8192.
 BLOCK = 1 << 16
+# Of the pieces of a block that are as long as a row, which nothing is to be searched for: so many are written at once.
+_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -41,23 +43,41 @@ def pack(
     for first in range(0, len(starts), BLOCK):
         block = slice(first, first + BLOCK)
         cut = (starts[block].astype(np.int64), lengths[block].astype(np.int64), longest or max_length)
-        yield _pack_block(*cut, max_length, cost or (lambda lengths: lengths))
+        yield from _pack_block(*cut, max_length, cost or (lambda lengths: lengths))
 
 
-def _pack_block(starts: np.ndarray, lengths: np.ndarray, longest: int, max_length: int, cost: Cost) -> Packed:
+def _pack_block(starts: np.ndarray, lengths: np.ndarray, longest: int, max_length: int, cost: Cost) -> Iterator[Packed]:
+    """One after the other, as if they were packed together: in bounded memory, however long the documents are."""
     # Every document of more than a row is cut into whole rows and a rest.
+    n_cut = int((lengths > longest).sum())
+    n_whole = lengths // longest
+    shorter, whole = cost(np.array([longest - 1, longest]))
+    if n_whole.sum() > _AT_ONCE and shorter < max_length == whole:
+        yield from _whole_rows(starts, n_whole, longest)
+        starts, lengths = starts + n_whole * longest, lengths % longest
     n_pieces = -(-lengths // longest)
     document = np.repeat(np.arange(len(starts)), n_pieces)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)
     offset = nth * longest
     piece_lengths = np.minimum(lengths[document] - offset, longest)
     order, ends = placed(cost(piece_lengths), max_length)
-    return Packed(
+    yield Packed(
         starts=(starts[document] + offset)[order],
         lengths=piece_lengths[order].astype(np.int32),
         ends=ends,
-        n_cut=int((n_pieces > 1).sum()),
+        n_cut=n_cut,
     )
+
+
+def _whole_rows(starts: np.ndarray, n_whole: np.ndarray, longest: int) -> Iterator[Packed]:
+    """The first `n_whole` pieces of each document, a row each: what best fit begins with."""
+    ends = np.cumsum(n_whole)
+    for first in range(0, int(ends[-1]), _AT_ONCE):
+        piece = np.arange(first, min(first + _AT_ONCE, int(ends[-1])))
+        document = np.searchsorted(ends, piece, side="right")
+        nth = piece - (ends - n_whole)[document]
+        lengths = np.full(len(piece), longest, np.int32)
+        yield Packed(starts[document] + nth * longest, lengths, np.arange(1, len(piece) + 1), n_cut=0)
 
 
 def placed(costs: np.ndarray, max_length: int) -> tuple[np.ndarray, np.ndarray]:

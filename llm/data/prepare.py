@@ -10,18 +10,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from io import BufferedWriter
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from llm.data.cache import Cache, cached
+from llm.data.encode import encoded, joined
 from llm.data.pack import BLOCK, pack, placed
 from llm.data.pair import draw_pairs
 from llm.data.source import DataError, Source, digest
@@ -29,14 +30,11 @@ from llm.data.task import Masking, Task, Widths
 from llm.tokenizer import Tokenizer
 
 # Raised whenever the files or the way to them change: older caches are then made anew.
-FORMAT = 3
+FORMAT = 4
 # What the tokenizer is trained on, in characters: BPE merges of a few thousand entries are settled long before.
 _SAMPLE = 10_000_000
 # How far into each source the sample reaches.
 _SAMPLE_REACH = 1 << 30
-# Texts encoded at once: enough to keep every core busy, little enough to hold a few times in memory.
-_CHUNK_CHARACTERS = 1 << 22
-_CHUNK_DOCUMENTS = 1 << 13
 _log = logging.getLogger(__name__)
 
 
@@ -59,11 +57,18 @@ class Held:
     every: int | None = None
     out: bool = False
 
-    def select(self, n_documents: int) -> np.ndarray:
-        """bool [n_documents]"""
+    def count(self, n_documents: int) -> int:
+        """Of so many documents."""
         if self.every is None:
-            return np.ones(n_documents, bool)
-        return (np.arange(1, n_documents + 1) % self.every == 0) == self.out
+            return n_documents
+        out = n_documents // self.every
+        return out if self.out else n_documents - out
+
+    def places(self, which: np.ndarray) -> np.ndarray:
+        """Where the documents `which` of this split are among all (int64 both)."""
+        if self.every is None:
+            return which
+        return (which + 1) * self.every - 1 if self.out else which + which // (self.every - 1)
 
 
 @dataclass
@@ -122,10 +127,9 @@ class Rows:
 
     def documents(self) -> Iterator[np.ndarray]:
         """The tokens of each document of this split, without the ends of text around them."""
-        bounds = _map(self.tokens_cache, "documents.bin", "int64")
-        held = Held(**self.rows_cache.meta["held"])
-        for index in np.flatnonzero(held.select(len(bounds) - 1)).tolist():
-            yield self.tokens[bounds[index] + 1 : bounds[index + 1] - 1]
+        for starts, lengths in _blocks(self.tokens_cache, Held(**self.rows_cache.meta["held"])):
+            for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+                yield self.tokens[start + 1 : start + length]
 
 
 def prepare_tokenizer(recipe: Recipe, sources: Mapping[str, Source], val_every: int | None, root: Path) -> Tokenizer:
@@ -196,17 +200,18 @@ def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path, 
             (folder / "documents.bin").open("wb") as documents,
             (folder / "words.bin").open("wb") as begins,
         ):
-            for texts, encoded, starts, empty in _encoded(source.documents(), tokenizer, words):
-                flat, sizes = _joined(encoded, tokenizer.start_id, tokenizer.eot_id, dtype)
+            for chunk, ids, starts in encoded(source.documents(), tokenizer, words):
+                flat, sizes = joined(chunk, ids, tokenizer.start_id, tokenizer.eot_id, dtype)
                 if words:
-                    begins.write(_joined(starts, 1, 1, np.dtype("bool"))[0].data)
-                bounds = n_tokens + np.cumsum(sizes) - sizes
+                    begins.write(joined(chunk, starts, 1, 1, np.dtype("bool"))[0].data)
+                bounds = (n_tokens + np.cumsum(sizes) - sizes)[chunk.opens]
                 tokens.write(flat.data)
                 documents.write(bounds.data)
                 tokens_digest.update(flat.data)
                 bounds_digest.update(bounds.data)
-                n_tokens, n_documents, n_empty = n_tokens + len(flat), n_documents + len(texts), n_empty + empty
-                n_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
+                n_tokens, n_documents = n_tokens + len(flat), n_documents + len(bounds)
+                n_empty += chunk.n_empty
+                n_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in chunk.parts)
                 if time.monotonic() - reported > 10:
                     reported = time.monotonic()
                     speed = n_bytes / 1e6 / (reported - started)
@@ -244,31 +249,40 @@ def prepare_rows(name: str, tokens: Cache, held: Held, layout: tuple[Task, Width
     key = digest(FORMAT, tokens.path.name, tokens.meta["content"], held, widths, BLOCK, packing)
 
     def build(folder: Path) -> dict[str, Any]:
-        bounds = _map(tokens, "documents.bin", "int64")
-        chosen = held.select(len(bounds) - 1)
-        starts, lengths = bounds[:-1][chosen], np.diff(bounds)[chosen] - 1
-        if task.family != "decoder":
-            starts, lengths = starts + 1, lengths - 1
-        made = _pair_rows if pairs else _piece_rows
+        blocks = _blocks(tokens, held, shift=0 if task.family == "decoder" else 1)
         return {
             "source": name,
             "held": asdict(held),
             "max_length": widths.row,
-            "documents": len(starts),
-            **made(folder, starts, lengths, layout, seed),
+            "documents": held.count(tokens.meta["documents"]),
+            **(_pair_rows(folder, blocks, layout, seed) if pairs else _piece_rows(folder, blocks, layout)),
         }
 
     return Rows(tokens, cached(root, "rows", key, build), task, widths)
 
 
-def _piece_rows(
-    folder: Path, starts: np.ndarray, lengths: np.ndarray, layout: tuple[Task, Widths], seed: int
-) -> dict[str, Any]:
+Blocks = Iterator[tuple[np.ndarray, np.ndarray]]
+
+
+def _blocks(tokens: Cache, held: Held, shift: int = 0) -> Blocks:
+    """Where the inputs of each document of a split start in the token file, and how many there are (int64 both); with
+    `shift` without the first. `BLOCK` documents at a time."""
+    n_documents = held.count(tokens.meta["documents"])
+    for first in range(0, n_documents, BLOCK):
+        bounds = _map(tokens, "documents.bin", "int64")  # anew, so that what was read for the last block is let go
+        places = held.places(np.arange(first, min(first + BLOCK, n_documents)))
+        starts = bounds[places]
+        yield starts + shift, bounds[places + 1] - starts - 1 - shift
+
+
+def _piece_rows(folder: Path, blocks: Blocks, layout: tuple[Task, Widths]) -> dict[str, Any]:
     """Write documents, cut where they are too long; returns what they came to."""
     task, widths = layout
     n_rows = n_pieces = n_cut = n_used = n_target = 0
     with _files(folder, "starts", "lengths", "ends") as (starts_file, lengths_file, ends_file):
-        for block in pack(starts, lengths, widths.row, task.longest(widths), lambda n: task.cost(n, widths)):
+        longest = task.longest(widths)
+        rows = (pack(*block, widths.row, longest, lambda n: task.cost(n, widths)) for block in blocks)
+        for block in chain.from_iterable(rows):
             starts_file.write(block.starts.data)
             lengths_file.write(block.lengths.data)
             ends_file.write((block.ends + n_pieces).data)
@@ -278,14 +292,13 @@ def _piece_rows(
     return _totals(n_rows, n_cut, n_used, n_target, widths)
 
 
-def _pair_rows(
-    folder: Path, starts: np.ndarray, lengths: np.ndarray, layout: tuple[Task, Widths], seed: int
-) -> dict[str, Any]:
+def _pair_rows(folder: Path, documents: Blocks, layout: tuple[Task, Widths], seed: int) -> dict[str, Any]:
     """Write pairs of parts of documents, some copies of them; returns what they came to."""
     task, widths = layout
     assert isinstance(task, Masking)
     # Each block draws by itself, and has to hold a second document to draw from.
-    starts, lengths = starts[lengths > 0], lengths[lengths > 0]
+    filled = [(starts[lengths > 0], lengths[lengths > 0]) for starts, lengths in documents]
+    starts, lengths = (np.concatenate(column) for column in zip(*filled, strict=True))
     if len(lengths) < 2:
         raise DataError(
             "next_sentence: the second part of a pair may come from another document, and this split of the source has "
@@ -321,55 +334,6 @@ def _files(folder: Path, *names: str) -> Iterator[list[BufferedWriter]]:
     """FOLDER/NAME.bin for each name, to write to."""
     with ExitStack() as stack:
         yield [stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names]
-
-
-def _encoded(
-    texts: Iterator[str], tokenizer: Tokenizer, words: bool
-) -> Iterator[tuple[list[str], list[np.ndarray], list[np.ndarray], int]]:
-    """(texts, their tokens, with `words` where words begin, how many empty ones were left out), chunk by chunk.
-
-    While the tokenizer's threads work on one chunk, this one reads the next and hands out the one before.
-    """
-
-    def encode(chunk: list[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        if not words:
-            return tokenizer.encode_batch(chunk), []
-        encoded = tokenizer.encode_words(chunk)
-        return [tokens for tokens, _ in encoded], [starts for _, starts in encoded]
-
-    with ThreadPoolExecutor(1) as pool:
-        waiting: tuple[list[str], int, Future[tuple[list[np.ndarray], list[np.ndarray]]]] | None = None
-        for chunk, empty in _chunks(texts):
-            coming = (chunk, empty, pool.submit(encode, chunk))
-            if waiting is not None:
-                yield waiting[0], *waiting[2].result(), waiting[1]
-            waiting = coming
-        if waiting is not None:
-            yield waiting[0], *waiting[2].result(), waiting[1]
-
-
-def _chunks(texts: Iterator[str]) -> Iterator[tuple[list[str], int]]:
-    chunk: list[str] = []
-    size = empty = 0
-    for text in texts:
-        if not text:
-            empty += 1
-            continue
-        chunk.append(text)
-        size += len(text)
-        if size >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_DOCUMENTS:
-            yield chunk, empty
-            chunk, size, empty = [], 0, 0
-    if chunk or empty:
-        yield chunk, empty
-
-
-def _joined(encoded: Sequence[np.ndarray], start: int, end: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Documents, each between `start` and `end`, one after the other, and the stored size of each (int64)."""
-    sizes = np.array([len(tokens) + 2 for tokens in encoded], np.int64)
-    first, last = np.array([[start], [end]], np.uint32)
-    parts = [part for tokens in encoded for part in (first, tokens, last)]
-    return (np.concatenate(parts) if parts else np.empty(0)).astype(dtype), sizes
 
 
 def _map(cache: Cache, name: str, dtype: str) -> np.ndarray:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader, RawIOBase
@@ -20,8 +19,8 @@ from zlib import error as ZlibError
 from llm.data.source import DataError, decode, text_of
 
 _BOM = b"\xef\xbb\xbf"
-# A plain text file that is one document is held in memory whole.
-_LARGEST_DOCUMENT = 1 << 30
+# In bytes. A document is held in memory whole, more than once while it is read.
+_LARGEST_DOCUMENT = 1 << 28
 
 
 def read(path: Path, column: str, document: str) -> Iterator[str]:
@@ -113,7 +112,9 @@ class _Zstandard(RawIOBase):
 
 def _lines(path: Path, stream: BufferedReader) -> Iterator[tuple[int, str]]:
     """(line number, line without its end)"""
-    for number, raw in enumerate(stream, 1):
+    for number, raw in enumerate(iter(lambda: stream.readline(_LARGEST_DOCUMENT + 1), b""), 1):
+        if len(raw) > _LARGEST_DOCUMENT:
+            raise DataError(f"{path}:{number}: more than {_LARGEST_DOCUMENT >> 20} MiB in one line; split it")
         if number == 1:
             raw = raw.removeprefix(_BOM)
         yield number, decode(path, raw.rstrip(b"\r\n"), number)
@@ -136,7 +137,8 @@ def _json(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, Any], 
         yield from _json_lines(path, stream)
         return
     try:
-        rows = json.loads(decode(path, stream.read().removeprefix(_BOM)))
+        remedy = "write one object a line (`jq -c '.[]'`)"
+        rows = json.loads(decode(path, _at_most(path, stream, remedy)))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, character {error.colno})") from None
     for number, row in enumerate(rows):
@@ -159,7 +161,7 @@ def _separated(delimiter: str) -> Callable[[Path, BufferedReader], Iterator[tupl
             for number, raw in enumerate(stream, 1):
                 yield decode(path, raw.removeprefix(_BOM) if number == 1 else raw, number)
 
-        csv.field_size_limit(sys.maxsize)  # a document is often longer than the 128 kB that csv allows
+        csv.field_size_limit(_LARGEST_DOCUMENT)  # a document is often longer than the 128 kB that csv allows
         try:
             for row in csv.DictReader(lines(), delimiter=delimiter, strict=True):
                 if None in row:
@@ -189,13 +191,15 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
 
 
 def _whole(path: Path, stream: BufferedReader) -> Iterator[str]:
+    yield decode(path, _at_most(path, stream, "set the source's document to paragraph or line, or split the file"))
+
+
+def _at_most(path: Path, stream: BufferedReader, remedy: str) -> bytes:
+    """The rest of a file. Raises DataError if it is larger than a document may be."""
     raw = stream.read(_LARGEST_DOCUMENT + 1)
     if len(raw) > _LARGEST_DOCUMENT:
-        raise DataError(
-            f"{path}: more than {_LARGEST_DOCUMENT >> 20} MiB in one document; set the source's document to "
-            "paragraph or line, or split the file"
-        )
-    yield decode(path, raw.removeprefix(_BOM))
+        raise DataError(f"{path}: more than {_LARGEST_DOCUMENT >> 20} MiB in one document; {remedy}")
+    return raw.removeprefix(_BOM)
 
 
 def _paragraphs(path: Path, stream: BufferedReader) -> Iterator[str]:

@@ -69,6 +69,23 @@ def test_blocks_are_packed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.ends.tolist() == other.ends.tolist()
 
 
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=60), st.integers(1, 30), st.integers(0, 3))
+@settings(deadline=None, max_examples=100)
+def test_long_documents_give_the_same_rows_a_few_at_a_time(lengths: list[int], longest: int, more: int) -> None:
+    starts = np.cumsum(lengths) - lengths
+    arguments = (starts, np.array(lengths), longest + more, longest, lambda n: n + more)
+    (at_once,) = pack(*arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_AT_ONCE", 4)
+        parts = list(pack(*arguments))
+    assert np.concatenate([part.starts for part in parts]).tolist() == at_once.starts.tolist()
+    assert np.concatenate([part.lengths for part in parts]).tolist() == at_once.lengths.tolist()
+    before = np.cumsum([0, *(len(part.starts) for part in parts[:-1])])
+    ends = [part.ends + n for part, n in zip(parts, before, strict=True)]
+    assert np.concatenate(ends).tolist() == at_once.ends.tolist()
+    assert sum(part.n_cut for part in parts) == at_once.n_cut
+
+
 def test_a_block_of_real_size_takes_seconds_not_minutes() -> None:
     lengths = np.random.default_rng(0).geometric(1 / 300, packing.BLOCK)
     (packed,) = pack(np.cumsum(lengths + 1), lengths, 1024)

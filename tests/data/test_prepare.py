@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm.data import DataError, Files
+from llm.data import DataError, Files, encode
 from llm.data import prepare as preparing
 from llm.data.cache import caches
-from llm.data.prepare import Held, prepare_rows, prepare_tokenizer, prepare_tokens, sample
+from llm.data.prepare import Held, Recipe, prepare_rows, prepare_tokenizer, prepare_tokens, sample
 from llm.data.source import Source
 from llm.data.task import NextToken, Widths
-from llm.tokenizer import ByteLevelBPE, Bytes, Tokenizer
+from llm.tokenizer import ByteLevelBPE, Bytes, Tokenizer, Unigram, WordPiece
 from tests.data.conftest import make_texts, write_jsonl
 
 
@@ -65,15 +65,37 @@ def test_a_tokenizer_with_a_start_of_its_own_puts_it_before_a_document(tmp_path:
     assert [documents_of(cache) for cache in caches] == [[[257, 97, 98, 256]], [[256, 97, 98, 256]]]
 
 
-def test_chunks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = ByteLevelBPE(300).build(make_texts(50))
-    source = Counted(make_texts(200))
-    whole = prepare_tokens("mine", source, tokenizer, tmp_path / "whole")
-    monkeypatch.setattr(preparing, "_CHUNK_DOCUMENTS", 7)
-    monkeypatch.setattr(preparing, "_CHUNK_CHARACTERS", 500)
-    parts = prepare_tokens("mine", source, tokenizer, tmp_path / "parts")
+@pytest.mark.parametrize("recipe", [ByteLevelBPE(300), WordPiece(300), Unigram(300), Bytes()], ids=repr)
+def test_chunks_do_not_show(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where long documents are cut for them."""
+    tokenizer = recipe.build(make_texts(50))
+    source = Counted([*make_texts(100), " ".join(make_texts(200)), "x" * 300, "\n \t1".join(make_texts(20))])
+    words = tokenizer.has_words
+    whole = prepare_tokens("mine", source, tokenizer, tmp_path / "whole", words)
+    monkeypatch.setattr(encode, "_CHUNK_PARTS", 7)
+    monkeypatch.setattr(encode, "_CHUNK_CHARACTERS", 500)
+    monkeypatch.setattr(encode, "_LONGEST_PART", 400)
+    parts = prepare_tokens("mine", source, tokenizer, tmp_path / "parts", words)
     assert documents_of(parts) == documents_of(whole)
     assert parts.meta["content"] == whole.meta["content"]
+    assert parts.meta["files"] == whole.meta["files"]
+    assert (parts.path / "words.bin").read_bytes() == (whole.path / "words.bin").read_bytes()
+
+
+def test_a_document_without_words_is_cut_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_LONGEST_PART", 10)
+    assert list(encode._cuts("x" * 25)) == [(0, 10), (10, 20), (20, 25)]
+    assert list(encode._cuts("some words of text")) == [(0, 10), (10, 18)]
+    assert list(encode._cuts("here is  text")) == [(0, 7), (7, 13)]
+    assert list(encode._cuts("")) == []
+
+
+@pytest.mark.parametrize("held", [Held(), Held(2), Held(2, out=True), Held(7), Held(7, out=True)], ids=str)
+@pytest.mark.parametrize("n_documents", [1, 6, 7, 29])
+def test_a_split_is_counted_and_found_without_a_list_of_it(held: Held, n_documents: int) -> None:
+    chosen = [i for i in range(n_documents) if held.every is None or ((i + 1) % held.every == 0) == held.out]
+    assert held.count(n_documents) == len(chosen)
+    assert held.places(np.arange(len(chosen))).tolist() == chosen
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
