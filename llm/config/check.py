@@ -144,7 +144,7 @@ class _Search:
                 self.add(key, shown(value), "is a group of its own here", habit.NODE_HABITS[name])
             elif name == "precision" and str(value) in habit.PRECISION:
                 reason = habit.PRECISION[str(value)]
-                self.add(key, shown(value), "must be '32-true' or 'bf16-mixed' or 'bf16-true'", reason)
+                self.add(key, shown(value), "must be 'auto' or '32-true' or 'bf16-mixed' or 'bf16-true'", reason)
             elif name in habit.TRAINER and value is not _UNKNOWN:
                 self.judge(key, value, habit.TRAINER[name], self.reference(node, name))
         for name, (right, reason) in habit.FIXED.items():

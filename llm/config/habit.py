@@ -14,7 +14,7 @@ TRAINER: dict[str, Any] = {
     "max_steps": Steps | None,
     "max_tokens": Annotated[int | float, Gt(0)] | None,
     "max_epochs": Steps | None,
-    "precision": Literal["32-true", "bf16-mixed", "bf16-true"],
+    "precision": Literal["auto", "32-true", "bf16-mixed", "bf16-true"],
     "accelerator": Literal["auto", "cpu", "gpu", "cuda"],
     "devices": Steps | Literal["auto", -1] | list[int],
     "num_nodes": Steps,

@@ -20,6 +20,7 @@ from llm.data.collate import Settings, Step
 from llm.data.example import Symbols
 from llm.data.order import Order
 from llm.data.prepare import FORMAT, Held, Recipe, Rows, prepare_rows, prepare_tokenizer, prepare_tokens
+from llm.data.report import rows_report, text_report
 from llm.data.source import DataError, Files, Source, digest
 from llm.data.steps import From, TrainSteps, ValSteps
 from llm.data.task import Masking, NextToken, Task, Widths
@@ -215,7 +216,7 @@ class TextData(LightningDataModule):
             "steps_per_epoch": self.n_steps(max_epochs=1),
             "cache_dir": str(self.cache_dir),
             "target_length": self.target_length,
-            "sources": {part.source: _text_report(rows) for part, rows in self._prepared.train.items()},
+            "sources": {part.source: text_report(rows) for part, rows in self._prepared.train.items()},
             **{split: self._rows_report(parts) for split, parts in splits.items()},
         }
 
@@ -224,9 +225,9 @@ class TextData(LightningDataModule):
         report: dict[str, Any] = {}
         for part, rows in parts.items():
             if len(self.tasks) == 1:
-                report[part.source] = _rows_report(rows)
+                report[part.source] = rows_report(rows)
             else:
-                report.setdefault(part.source, {})[part.task] = _rows_report(rows)
+                report.setdefault(part.source, {})[part.task] = rows_report(rows)
         return report
 
     def val_texts(self) -> Iterator[str]:
@@ -353,19 +354,6 @@ class TextData(LightningDataModule):
                 f"cannot resume on other data than the checkpoint's: changed {', '.join(changed) or 'format'}; "
                 "restore it, or start a new run with init_from="
             )
-
-
-def _text_report(rows: Rows) -> dict[str, Any]:
-    meta = rows.tokens_cache.meta
-    kept = {name: meta[name] for name in ("documents", "empty", "tokens", "bytes")}
-    return kept | {"bytes_per_token": round(meta["bytes"] / max(1, meta["tokens"]), 4)}
-
-
-def _rows_report(rows: Rows) -> dict[str, Any]:
-    meta = rows.rows_cache.meta
-    kept = {name: meta[name] for name in ("documents", "inputs", "rows", "cut")}
-    kept |= {"pairs": meta["pairs"]} if meta["pairs"] else {}
-    return kept | {name: round(meta[name], 6) for name in ("fill", "target_fill") if name in meta}
 
 
 def _family(tasks: Mapping[str, Task]) -> str:

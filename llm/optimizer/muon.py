@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from llm.machine import multiplies_bfloat16
 from llm.reduce import Owned, n_copies, own_part, world_size
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero (Jordan et al. 2024)
@@ -150,5 +151,4 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 def _product_dtype(device: torch.device) -> torch.dtype:
     """Bfloat16, unless this is a CPU that has no instructions for it: in float32 that takes a thirtieth of the time."""
-    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32

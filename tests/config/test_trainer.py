@@ -45,7 +45,7 @@ def test_right_trainer_passes(mistakes: Found, trainer: dict[str, Any]) -> None:
         ("max_steps", -7, "trainer.max_steps: -7 - must be a whole number greater than 0 or null"),
         ("max_steps", "abc", "trainer.max_steps: 'abc' - must be a whole number"),
         ("max_steps", 1e3, "trainer.max_steps: 1000.0 - must be a whole number greater than 0 or null - write 1000"),
-        ("precision", "bf17", "must be '32-true' or 'bf16-mixed' or 'bf16-true' - did you mean 'bf16-"),
+        ("precision", "bf17", "must be 'auto' or '32-true' or 'bf16-mixed' or 'bf16-true' - did you mean 'bf16-"),
         ("devices", 0, "trainer.devices: 0 - must be a whole number greater than 0 or 'auto' or -1 or a list"),
         ("accelerator", "gpuu", "did you mean 'gpu'?"),
         ("val_check_interval", 0.5, "trainer.val_check_interval: 0.5 - must be a whole number greater than 0 or null"),
@@ -94,7 +94,9 @@ def test_habit_is_answered_with_its_replacement(mistakes: Found, name: str) -> N
 @pytest.mark.parametrize("value", sorted(PRECISION))
 def test_precision_is_refused_with_its_reason(mistakes: Found, value: str) -> None:
     (found,) = mistakes({"trainer": {**RIGHT, "precision": value}})
-    assert found.startswith(f"trainer.precision: '{value}' - must be '32-true' or 'bf16-mixed' or 'bf16-true' - ")
+    assert found.startswith(
+        f"trainer.precision: '{value}' - must be 'auto' or '32-true' or 'bf16-mixed' or 'bf16-true' - "
+    )
     assert found.endswith(PRECISION[value])
 
 
