@@ -23,6 +23,7 @@ FLOORS: dict[str, set[str]] = {
     "schedule": set(),
     "guard": set(),
     "optimizer": set(),
+    "cluster": set(),
     "config": set(),
     "reduce": set(),
     "strategy": {"model", "checkpoint", "config", "exit", "launch", "lock", "reduce", "signals"},
@@ -96,6 +97,7 @@ LIGHT = (
     "llm.optimizer",
     "llm.schedule",
     "llm.guard",
+    "llm.cluster",
     "llm.signals",
     "llm.data.source",
 )
