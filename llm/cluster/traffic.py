@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
@@ -43,11 +44,11 @@ class Model:
     def dim(self) -> int:
         return self.shapes["embed.weight"][1]
 
-    @property
+    @cached_property
     def n_parameters(self) -> int:
         return sum(map(math.prod, self.shapes.values()))
 
-    @property
+    @cached_property
     def blocks(self) -> list[dict[str, Shape]]:
         """The parameters of each block, in the order of the forward."""
         found: dict[str, dict[str, Shape]] = {}
@@ -56,7 +57,7 @@ class Model:
                 found.setdefault(match[1], {})[name] = shape
         return list(found.values())
 
-    @property
+    @cached_property
     def around(self) -> dict[str, Shape]:
         """What is no block's: embeddings, the last norm, the head."""
         return {name: shape for name, shape in self.shapes.items() if not _BLOCK.match(name)}
