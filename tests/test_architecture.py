@@ -24,6 +24,7 @@ FLOORS: dict[str, set[str]] = {
     "guard": set(),
     "optimizer": {"machine", "reduce"},
     "machine": set(),
+    "cluster": set(),
     "config": set(),
     "reduce": set(),
     "strategy": {"model", "checkpoint", "config", "exit", "launch", "lock", "reduce", "signals"},
@@ -98,6 +99,7 @@ LIGHT = (
     "llm.optimizer",
     "llm.schedule",
     "llm.guard",
+    "llm.cluster",
     "llm.signals",
     "llm.data.source",
 )

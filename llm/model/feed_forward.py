@@ -11,8 +11,8 @@ from llm.model.initialisation import linear
 
 
 def relu_squared(hidden: Tensor) -> Tensor:
-    """max(x, 0)² (So et al. 2021, arXiv:2109.08668)."""
-    return F.relu(hidden).square()
+    """max(x, 0)² (So et al. 2021, arXiv:2109.08668), in two passes over memory instead of a square's three."""
+    return hidden * F.relu(hidden)
 
 
 # A gated activation is named after what its gate goes through.
