@@ -11,7 +11,8 @@ from llm.model.initialisation import linear
 
 
 def relu_squared(hidden: Tensor) -> Tensor:
-    """max(x, 0)² (So et al. 2021, arXiv:2109.08668), in two passes over memory instead of a square's three."""
+    """max(x, 0)² (So et al. 2021, arXiv:2109.08668), as a product: forward and backward of square() took half as long
+    again."""
     return hidden * F.relu(hidden)
 
 

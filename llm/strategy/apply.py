@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import lightning as L
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from llm.model import Transformer
@@ -13,6 +14,11 @@ from llm.strategy.activation_checkpointing import Checkpointing, checkpoint_bloc
 from llm.strategy.compiling import compile_network
 from llm.strategy.float8 import convert
 from llm.strategy.tensor_parallel import split
+
+
+def vocabulary_multiple(device: torch.device) -> int:
+    """What the width of the scores has to be divisible by for the fastest kernels; a CPU does not mind."""
+    return 1 if device.type == "cpu" else 64
 
 
 def network_of(objective: L.LightningModule | None) -> Transformer:
@@ -30,8 +36,11 @@ def apply(
     checkpointing: Checkpointing = "none",
     compile: Literal["none", "blocks", "whole"] = "none",
     shard: Callable[[Transformer], None] | None = None,
+    vocabulary_multiple: int = 1,
 ) -> None:
     """Change `network` in place; each step sees what the one before has made.
+
+    The product with the vocabulary is padded to `vocabulary_multiple`, unless its rows are split.
 
     1. tensor parallelism replaces parameters, so it comes before everything that holds on to them
     2. float8 replaces linear layers, the weights in them stay
@@ -41,6 +50,8 @@ def apply(
     """
     if tensor_mesh is not None:
         split(network, tensor_mesh)
+    else:
+        network.head.multiple = vocabulary_multiple
     if float8:
         convert(network)
     for block in network.blocks:

@@ -21,7 +21,7 @@ from llm.launch import place
 from llm.model import Transformer, TransformerConfig
 from llm.strategy import attention, float8, tensor_parallel
 from llm.strategy.activation_checkpointing import Checkpointing
-from llm.strategy.apply import apply, network_of
+from llm.strategy.apply import apply, network_of, vocabulary_multiple
 from llm.strategy.attention import AttentionKernel, Attentive, dtype_of
 from llm.strategy.compiling import compile_loss, resolve
 from llm.strategy.hooks import Hooked
@@ -161,6 +161,7 @@ class FSDP(Hooked, Attentive, Stored, ModelParallelStrategy):
             checkpointing=self.checkpointing,
             compile=compile,
             shard=partial(self._shard, mesh=self._data_mesh()),
+            vocabulary_multiple=vocabulary_multiple(self.root_device),
         )
         if compile != "none" and tensor_mesh is None:  # else the scores are gathered in between
             compile_loss(self.lightning_module)

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from llm.model import TransformerConfig
 from llm.strategy import attention, float8
 from llm.strategy.activation_checkpointing import Checkpointing
-from llm.strategy.apply import apply, network_of
+from llm.strategy.apply import apply, network_of, vocabulary_multiple
 from llm.strategy.attention import AttentionKernel, Attentive, dtype_of
 from llm.strategy.compiling import Compile, compile_loss, resolve
 from llm.strategy.hooks import Hooked
@@ -49,7 +49,13 @@ class Single(Hooked, Attentive, Stored, SingleDeviceStrategy):
         compile = resolve(self.compile, network, self.root_device)
         compiled = compile != "none"
         self.choose_attention(trainer, network, dtype_of(trainer.precision), n_data_processes=1, compiled=compiled)
-        apply(network, float8=self.float8, checkpointing=self.checkpointing, compile=compile)
+        apply(
+            network,
+            float8=self.float8,
+            checkpointing=self.checkpointing,
+            compile=compile,
+            vocabulary_multiple=vocabulary_multiple(self.root_device),
+        )
         if compiled:
             compile_loss(self.lightning_module)
         super().setup(trainer)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -183,3 +184,34 @@ def test_refuses_a_misused_cache(build, tokens):
         model(tokens, cache=cache)
     with refusal("documents must be given for every forward with one cache, or for none"):
         model(tokens[:, :1], torch.ones(3, 1, dtype=torch.long), cache=cache)
+
+
+@pytest.mark.parametrize("shape", [{}, {"tie_embeddings": True}, {"head_bias": True}])
+def test_a_padded_vocabulary_changes_nothing(build, shape):
+    """Scores, loss and gradients of a product with 64 columns are those of the 50 that there are."""
+    tokens = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(1))
+    found = []
+    for multiple in (1, 64):
+        model = build(**shape)
+        model.head.multiple = multiple
+        scores = model.logits(model(tokens))
+        assert scores.shape == (2, 12, 50)
+        loss = torch.nn.functional.cross_entropy(scores.flatten(0, 1), tokens.flatten())
+        loss.backward()
+        found.append([scores, loss, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
+def test_the_product_of_the_head_is_as_wide_as_kernels_like(build):
+    class Widths(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.nn.functional.linear:
+                widths.append(args[1].shape[0])
+            return function(*args, **(kwargs or {}))
+
+    model, widths = build(), []
+    model.head.multiple = 64
+    with Widths():
+        model.logits(torch.randn(2, 32))
+        model.eval().logits(torch.randn(2, 32))
+    assert widths == [64, 50], "in generation a copy of the weight would cost more than it gains"
