@@ -1,0 +1,71 @@
+"""What our trainer's loop adds to a plain one, over a toy model with five metrics.
+
+Every contestant trains the same small model on the same batches, which lie in memory; the model's own work cancels out.
+A step includes taking the batch, forward, backward, clipping, AdamW, and five metrics (loss, tokens, norm of the
+gradient, learning rate, tokens per second) that are added up in every step and written every ten. Ours is train.py with
+all default callbacks and loggers; `no callbacks` is its loop alone, so that the difference is what they take; and `reads
+its data` takes its batches from token files, through order, packing and collating, which the others do not.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+
+from benchmarks.contestants.command import contestant, plain
+from benchmarks.contestants.ours import ours
+from benchmarks.material import (
+    SHARED,
+    model_config,
+    model_overrides,
+    save_steps,
+    save_weights,
+    steps_of,
+    text_file,
+    vocabulary,
+)
+from benchmarks.measure import Bar, Row, Session
+
+ORDER = 1
+STEPS = 500
+BAR = Bar("<=", 150.0)
+
+
+def measure(session: Session) -> list[Row]:
+    """Microseconds of CPU time a step beyond the plain loop."""
+    n_steps = session.n_steps(STEPS)
+    data = ["tokenizer=bytes", "data.max_length=16", "data.batch_size=2", "data.micro_batch_size=2"]
+    text = text_file(session.folder, 30_000 if session.smoke else 1_000_000)
+    data += ["data=text", f"data.sources.text.path={text}", "data.document_mask=false"]
+    run = [*data, *SHARED, f"trainer.max_steps={n_steps}", "trainer.precision=32-true", "trainer.accelerator=cpu"]
+    config = model_config(dim=16, n_layers=1, n_heads=2, max_length=16, vocab_size=vocabulary(data))
+    run += model_overrides(config)
+    weights = save_weights(config, session.folder / "weights")
+    steps = save_steps(steps_of(run, n_steps), session.folder / "steps.pt")
+    stock = {
+        "model": asdict(config),
+        "weights": str(weights / "state.pt"),
+        "steps": str(steps),
+        "fields": [],
+        "n_steps": n_steps,
+    }
+    outcome = session.compete(
+        "loop",
+        [
+            plain(session, "plain loop", config, weights, steps, "32-true"),
+            ours("ours", run, n_steps, weights, steps=steps),
+            ours("ours, no callbacks", run, n_steps, weights, steps=steps, every=False),
+            ours("ours, reads its data", run, n_steps, weights),
+            contestant(session, "stock Lightning", "stock", sys.executable, stock),
+        ],
+        steps=STEPS,
+    )
+    base = outcome.rounds["plain loop"]
+    note = f"beyond {1e6 * min(told['cpu_s'] / told['steps'] for told in base):.0f} us of the plain loop"
+    rows = [
+        Row(name, "us/step", outcome.more_us_per_step(name, "plain loop"), BAR if name == "ours" else None)
+        for name in outcome.rounds
+        if name != "plain loop"
+    ]
+    rows[0] = Row(rows[0].case, rows[0].unit, rows[0].value, BAR, note=note, figures=outcome.figures())
+    return rows

@@ -1,0 +1,117 @@
+"""What all contestants of a contest get: one set of weights, one sequence of steps, written once by the runner."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor
+
+from benchmarks.machine import ROOT
+from llm.agree import vocab_size
+from llm.build import built
+from llm.checkpoint import export_folder, save, weights_of
+from llm.config import register
+from llm.data.collate import Step
+from llm.model import Transformer, TransformerConfig
+
+# What every run of ours has here: nothing but training, by the settings that all contestants share.
+SHARED = [
+    "optimizer=adamw",
+    "schedule=constant",
+    "schedule.warmup_steps=0",
+    "data.val_every=null",
+    "trainer.limit_val_batches=0",
+]
+ADAMW = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}  # as in conf/optimizer/adamw.yaml
+CLIP_NORM = 1.0
+
+
+def composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration of train.py with these overrides."""
+    register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("train", [*overrides, "run_name=benchmark"])
+
+
+def vocabulary(overrides: Sequence[str]) -> int:
+    """The size of the tokenizer's."""
+    return vocab_size(built(composed(overrides).data))
+
+
+def text_file(folder: Path, n_bytes: int) -> Path:
+    """So much of the standard library's source, which every machine has."""
+    path, texts, size = folder / "text.txt", [], 0
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        if size >= n_bytes:
+            break
+        texts.append(file.read_text(encoding="utf-8", errors="replace"))
+        size += len(texts[-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(texts)[:n_bytes], encoding="utf-8")
+    return path
+
+
+def steps_of(overrides: Sequence[str], n_steps: int) -> list[list[dict[str, Tensor]]]:
+    """The first steps of the data of a run, each its micro-batches, as its objective sees them."""
+    data = built(composed(overrides).data)
+    data.prepare()
+    steps: Iterator[Step] = iter(data.train_dataloader())
+    found = [step.micro_batches for step in islice(steps, n_steps)]
+    while len(found) < n_steps:  # a small corpus is read again
+        found += found[: n_steps - len(found)]
+    return found
+
+
+def save_steps(steps: Sequence[Sequence[Mapping[str, Tensor]]], path: Path) -> Path:
+    """As `load_steps` of a contestant reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save([[dict(micro_batch) for micro_batch in step] for step in steps], path)
+    return path
+
+
+def save_weights(config: TransformerConfig, folder: Path, *, theirs: bool = False) -> Path:
+    """Weights from a fixed seed, three times in `folder`: `ours`, a step directory for init_from; `state.pt`, a state
+    dict of llm.model.Transformer; and, if `theirs`, a folder for transformers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    torch.save(model.state_dict(), folder / "state.pt")
+    settings = folder / "config.yaml"
+    node = {"_target_": "llm.model.TransformerConfig", **asdict(config)}
+    settings.write_text(yaml.safe_dump({"model": node}, sort_keys=False))
+    save(folder / "step-0", {f"model.{name}": value for name, value in weights_of(model).items()}, {}, [settings])
+    if theirs:
+        export_folder(folder / "step-0", folder / "theirs")
+    return folder
+
+
+def n_real(steps: Sequence[Sequence[Mapping[str, Tensor]]], field: str = "documents") -> list[float]:
+    """Of each step, the tokens that are not padding."""
+    return [float(sum(int((batch[field] > 0).sum()) for batch in step)) for step in steps]
+
+
+def model_config(**settings: Any) -> TransformerConfig:
+    """A decoder as GPT-2's, unless `settings` say otherwise."""
+    gpt2 = {
+        "position": "learned",
+        "norm": "layer",
+        "activation": "gelu_tanh",
+        "bias": True,
+        "tie_embeddings": True,
+        "initialisation": "gpt2",
+    }
+    return TransformerConfig(**gpt2 | settings)
+
+
+def model_overrides(config: TransformerConfig) -> list[str]:
+    """The same model, as a run of ours is told."""
+    return [f"++model.{key}={'null' if value is None else value}" for key, value in asdict(config).items()]
