@@ -14,14 +14,17 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.machine import ROOT
+from benchmarks.measure import Session
 from llm.agree import vocab_size
 from llm.build import built
 from llm.checkpoint import export_folder, save, weights_of
 from llm.config import register
 from llm.data.collate import Step
 from llm.model import Transformer, TransformerConfig
+from llm.tokenizer import Tokenizer
 
 # What every run of ours has here: nothing but training, by the settings that all contestants share.
 SHARED = [
@@ -45,6 +48,13 @@ def composed(overrides: Sequence[str]) -> DictConfig:
 def vocabulary(overrides: Sequence[str]) -> int:
     """The size of the tokenizer's."""
     return vocab_size(built(composed(overrides).data))
+
+
+def tokenizer_of(overrides: Sequence[str]) -> Tokenizer:
+    """The tokenizer of a run's data."""
+    data = built(composed(overrides).data)
+    data.prepare()
+    return data.tokenizer
 
 
 def text_file(folder: Path, n_bytes: int) -> Path:
@@ -78,13 +88,14 @@ def save_steps(steps: Sequence[Sequence[Mapping[str, Tensor]]], path: Path) -> P
     return path
 
 
-def save_weights(config: TransformerConfig, folder: Path, *, theirs: bool = False) -> Path:
-    """Weights from a fixed seed, three times in `folder`: `ours`, a step directory for init_from; `state.pt`, a state
-    dict of llm.model.Transformer; and, if `theirs`, a folder for transformers."""
+def save_weights(config: TransformerConfig, folder: Path, *, theirs: bool = False, state: bool = True) -> Path:
+    """Weights from a fixed seed, up to three times in `folder`: `step-0`, a step directory for init_from; if `state`,
+    `state.pt`, a state dict of llm.model.Transformer; and, if `theirs`, `theirs`, a folder for transformers."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = Transformer(config)
-    torch.save(model.state_dict(), folder / "state.pt")
+    if state:
+        torch.save(model.state_dict(), folder / "state.pt")
     settings = folder / "config.yaml"
     node = {"_target_": "llm.model.TransformerConfig", **asdict(config)}
     settings.write_text(yaml.safe_dump({"model": node}, sort_keys=False))
@@ -92,6 +103,44 @@ def save_weights(config: TransformerConfig, folder: Path, *, theirs: bool = Fals
     if theirs:
         export_folder(folder / "step-0", folder / "theirs")
     return folder
+
+
+def text_run(session: Session, *, length: int, rows: int, n_steps: int, precision: str) -> list[str]:
+    """Overrides of a run over bytes of one long document, so that no row has padding or a second document."""
+    text = text_file(session.folder, 30_000 if session.smoke else 1_000_000)
+    return [
+        "tokenizer=bytes",
+        "data=files",
+        f"data.path={text}",
+        f"data.max_length={length}",
+        f"data.batch_size={rows}",
+        f"data.micro_batch_size={rows}",
+        "data.document_mask=false",
+        f"trainer.max_steps={n_steps}",
+        f"trainer.precision={precision}",
+        "trainer.accelerator=cpu",
+        *SHARED,
+    ]
+
+
+def apart(step: Sequence[Mapping[str, Tensor]], fillers: Mapping[str, int]) -> list[dict[str, Tensor]]:
+    """The documents of a step of packed rows, each in a row of its own, padded to the longest of the step: what is
+    trained on is the same. `fillers` says what padding is, 0 where it says nothing."""
+    pieces = [
+        {name: values[row][documents == number] for name, values in batch.items() if values.ndim == 2}
+        for batch in step
+        for row, documents in enumerate(batch["documents"])
+        for number in documents.unique().tolist()
+        if number
+    ]
+    names = pieces[0].keys()
+    padded = {
+        name: pad_sequence([piece[name] for piece in pieces], batch_first=True, padding_value=fillers.get(name, 0))
+        for name in names
+    }
+    return [
+        padded | {"documents": (padded["documents"] > 0).long(), "tasks": torch.zeros(len(pieces), dtype=torch.long)}
+    ]
 
 
 def n_real(steps: Sequence[Sequence[Mapping[str, Tensor]]], field: str = "documents") -> list[float]:

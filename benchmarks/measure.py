@@ -62,6 +62,7 @@ class Session:
     folder    of its own, for whatever it writes
     data      where text for the measures lies that want real one; they make some up where it is absent
     cpus      the cores of the contestants
+    deadline  of the whole command, by time.monotonic(); None: as long as it takes
     skipped   what could not be measured, and why: printed and recorded
     """
 
@@ -72,6 +73,7 @@ class Session:
     rounds: int = 7
     smoke: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
+    deadline: float | None = None
     skipped: list[str] = field(default_factory=list)
     say: Callable[[str], None] = print
 

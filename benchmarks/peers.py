@@ -17,7 +17,13 @@ from importlib import metadata
 from pathlib import Path
 
 # litgpt without what it depends on: it wants an older huggingface_hub than transformers, for downloads alone.
-WISHES = ("transformers>=5.17,<6", "accelerate>=1.10,<2", "lightning>=2.6.6,<2.7", "jsonargparse", "tensorboard>=2.21,<3")
+WISHES = (
+    "transformers>=5.17,<6",
+    "accelerate>=1.10,<2",
+    "lightning>=2.6.6,<2.7",
+    "jsonargparse",
+    "tensorboard>=2.21,<3",
+)
 BARE = ("litgpt==0.5.13",)
 
 

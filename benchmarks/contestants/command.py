@@ -41,7 +41,7 @@ def plain(
     settings = {
         "kind": "ours",
         "model": asdict(config),
-        "weights": str(weights / "state.pt"),
+        "weights": str(weights / "state.pt" if (weights / "state.pt").exists() else weights / "step-0"),
         "steps": str(steps),
         "precision": precision,
         "fields": list(fields),

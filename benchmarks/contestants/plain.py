@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -69,7 +70,13 @@ class Ours(nn.Module):
         self.family = settings["model"]["family"]
         self.fields = settings["fields"]
         self.network = Transformer(TransformerConfig(**settings["model"]))
-        self.network.load_state_dict(torch.load(settings["weights"], weights_only=True))
+        self.blocks = self.network.blocks if settings.get("compile") == "blocks" else []
+        if Path(settings["weights"]).is_dir():
+            from llm.checkpoint import load_into
+
+            load_into(self.network, settings["weights"])
+        else:
+            self.network.load_state_dict(torch.load(settings["weights"], weights_only=True))
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         given: dict[str, Any] = {name: batch[name] for name in self.fields}
@@ -112,8 +119,9 @@ def main(settings: dict[str, Any]) -> None:
     steps = load_steps(settings["steps"])
     steps = [[{k: _mine(v, rank, world_size).to(device) for k, v in m.items()} for m in step] for step in steps]
     model: nn.Module = MODELS[settings["kind"]](settings).to(device)
-    if settings.get("compile"):
-        model.compile()
+    compiled = settings.get("compile", "none")
+    for part in {"none": [], "whole": [model], "blocks": getattr(model, "blocks", [])}[compiled]:
+        part.compile()
     if world_size > 1:
         dist.init_process_group("gloo", init_method=settings["meeting"], rank=rank, world_size=world_size)
         model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -185,5 +193,21 @@ def _mine(value: Tensor, rank: int, world_size: int) -> Tensor:
     return value if world_size == 1 else value[rank * rows : (rank + 1) * rows]
 
 
+def start(settings: dict[str, Any]) -> None:
+    """Here, or in as many processes as there are ranks."""
+    n_ranks = settings.get("world_size", 1)
+    if n_ranks == 1 or "rank" in settings:
+        main(settings)
+        return
+    meeting = f"file://{Path('meeting').resolve()}"
+    commands = []
+    for rank in range(n_ranks):
+        path = Path(f"rank{rank}.json")
+        path.write_text(json.dumps({**settings, "rank": rank, "meeting": meeting}))
+        commands.append([sys.executable, "-m", "benchmarks.contestants.plain", str(path)])
+    ranks = [subprocess.Popen(command) for command in commands]
+    sys.exit(max(abs(rank.wait()) for rank in ranks))
+
+
 if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    start(json.loads(Path(sys.argv[1]).read_text()))

@@ -15,13 +15,12 @@ from dataclasses import asdict
 from benchmarks.contestants.command import contestant, plain
 from benchmarks.contestants.ours import ours
 from benchmarks.material import (
-    SHARED,
     model_config,
     model_overrides,
     save_steps,
     save_weights,
     steps_of,
-    text_file,
+    text_run,
     vocabulary,
 )
 from benchmarks.measure import Bar, Row, Session
@@ -34,11 +33,8 @@ BAR = Bar("<=", 150.0)
 def measure(session: Session) -> list[Row]:
     """Microseconds of CPU time a step beyond the plain loop."""
     n_steps = session.n_steps(STEPS)
-    data = ["tokenizer=bytes", "data.max_length=16", "data.batch_size=2", "data.micro_batch_size=2"]
-    text = text_file(session.folder, 30_000 if session.smoke else 1_000_000)
-    data += ["data=text", f"data.sources.text.path={text}", "data.document_mask=false"]
-    run = [*data, *SHARED, f"trainer.max_steps={n_steps}", "trainer.precision=32-true", "trainer.accelerator=cpu"]
-    config = model_config(dim=16, n_layers=1, n_heads=2, max_length=16, vocab_size=vocabulary(data))
+    run = text_run(session, length=16, rows=2, n_steps=n_steps, precision="32-true")
+    config = model_config(dim=16, n_layers=1, n_heads=2, max_length=16, vocab_size=vocabulary(run))
     run += model_overrides(config)
     weights = save_weights(config, session.folder / "weights")
     steps = save_steps(steps_of(run, n_steps), session.folder / "steps.pt")
