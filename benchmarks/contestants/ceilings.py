@@ -1,7 +1,8 @@
-"""How fast the device copies and multiplies: `python -m benchmarks.contestants.ceilings DEVICE SIZE`, JSON on stdout."""
+"""How fast the device copies and multiplies, as JSON: `python -m benchmarks.contestants.ceilings DEVICE SIZE`."""
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -33,11 +34,11 @@ def main(device: torch.device, size: int) -> None:
     n_bytes = 16 * size * size
     source = torch.randint(0, 255, (n_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copy_s = seconds(lambda: target.copy_(source), device, 10)
+    copy_s = seconds(functools.partial(target.copy_, source), device, 10)
     del source, target
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(left)
-    matmul_s = seconds(lambda: torch.mm(left, right, out=out), device, 20)
+    matmul_s = seconds(functools.partial(torch.mm, left, right, out=out), device, 20)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     figures = {
         "device": name,

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as its documentation has it: automatic optimisation, and `self.log` of five metrics in every step.
+"""Lightning's Trainer as its documentation has it: automatic optimisation, and `self.log` of five metrics every step.
 
 `python -m benchmarks.contestants.stock SETTINGS.json`
 """

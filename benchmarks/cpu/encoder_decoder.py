@@ -1,7 +1,7 @@
 """A T5 on translation pairs, beside transformers' Trainer over its T5 with the same weights and batches.
 
-English to German of Multi30k where it is at hand, else made-up pairs of as many words. Pairs in the corpus's order, each
-in a row of its own, padded to the longest of the step: batches that both can read. Target tokens per CPU-second.
+English to German of Multi30k where it is at hand, else made-up pairs of as many words. Pairs in the corpus's order,
+each in a row of its own, padded to the longest of the step: batches that both can read. Target tokens per CPU-second.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Every contestant trains the same small model on the same batches, which lie in memory; the model's own work cancels out.
 A step includes taking the batch, forward, backward, clipping, AdamW, and five metrics (loss, tokens, norm of the
-gradient, learning rate, tokens per second) that are added up in every step and written every ten. Ours is train.py with
-all default callbacks and loggers; `no callbacks` is its loop alone, so that the difference is what they take; and `reads
-its data` takes its batches from token files, through order, packing and collating, which the others do not.
+gradient, learning rate, tokens per second) that are added up in every step and written every ten. Ours is train.py
+with all default callbacks and loggers; `no callbacks` is its loop alone, so that the difference is what they take; and
+`reads its data` takes its batches from token files, through order, packing and collating, which the others do not.
 """
 
 from __future__ import annotations
