@@ -51,9 +51,8 @@ def recorded(rows: Sequence[Row]) -> list[dict[str, Any]]:
         bars = {kind: str(bar) for kind, bar in (("bar", row.bar), ("stretch", row.stretch)) if bar is not None}
         judged = {} if row.bar is None else {"verdict": verdict(row.bar, row.value.median)}
         base = {"case": row.case, "unit": row.unit, **asdict(row.value), **bars, **judged}
-        found.append(
-            base | ({"note": row.note} if row.note else {}) | ({"figures": row.figures} if row.figures else {})
-        )
+        told = {name: value for name, value in (("note", row.note), ("figures", row.figures)) if value}
+        found.append(base | told)
     return found
 
 

@@ -59,6 +59,8 @@ class Turn:
     def after_step(self, loss: Any) -> None:
         """`loss` is the mean of the step, a number or a tensor; it is read at the end of the warm-up."""
         self._step += 1
+        if self._step > self.pace.n_steps:
+            return
         if self._step <= self.pace.checked:
             self._losses.append(loss)
         if self._step < self.pace.warmup or (self._step - self.pace.warmup) % self.pace.steps:
@@ -74,6 +76,11 @@ class Turn:
         if self._step < self.pace.n_steps:
             self._lines.readline()
         self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    @property
+    def done(self) -> bool:
+        """Whether this was the last step that counts."""
+        return self._step >= self.pace.n_steps
 
     def _sync(self) -> None:
         if self._synchronize is not None:

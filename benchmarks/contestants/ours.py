@@ -40,6 +40,8 @@ class TakeTurns(Callback):
         checked = trainer.global_step <= self._turn.pace.checked
         total, count = pl_module.step_loss
         self._turn.after_step((total / count).detach() if checked else None)
+        if self._turn.done:
+            trainer.should_stop = True  # a later start of a contest may have fewer rounds
 
 
 def _device(device: torch.device) -> tuple[Any, Any]:

@@ -54,6 +54,7 @@ class Report(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *arguments: Any) -> None:
         self.turn.after_step(pl_module.step_loss)
+        trainer.should_stop = self.turn.done
 
 
 def main(settings: dict[str, Any], n_steps: int) -> None:
