@@ -138,29 +138,32 @@ class _Running:
             selector.register(self._listener, selectors.EVENT_READ)
             for connection in self._unread:
                 selector.register(connection, selectors.EVENT_READ)
-            while len(self._ranks) < self.contestant.ranks or not all(self._told[s] for s in self._ranks.values()):
+            while not self._all_told():
                 for key, _ in selector.select(timeout=0.2):
                     if key.fileobj is self._listener:
                         connection, _ = self._listener.accept()
                         self._unread[connection], self._told[connection] = "", []
                         selector.register(connection, selectors.EVENT_READ)
-                    else:
-                        self._receive(key.fileobj)
-                if self._process.poll() is not None or time.monotonic() > deadline:
+                    elif not self._receive(key.fileobj):
+                        selector.unregister(key.fileobj)
+                if not self._all_told() and (self._process.poll() is not None or time.monotonic() > deadline):
                     raise self._failure()
         return [self._told[self._ranks[rank]].pop(0) for rank in sorted(self._ranks)]
 
-    def _receive(self, connection: Any) -> None:
-        """Whole lines become messages; the first of a rank says which one it is."""
+    def _all_told(self) -> bool:
+        return len(self._ranks) == self.contestant.ranks and all(self._told[each] for each in self._ranks.values())
+
+    def _receive(self, connection: Any) -> bool:
+        """Whole lines become messages; the first of a rank says which one it is. False: it has hung up, as the first
+        rank to be done may."""
         received = connection.recv(1 << 16).decode()
-        if not received:
-            raise self._failure()
         *lines, self._unread[connection] = (self._unread[connection] + received).split("\n")
         for message in map(json.loads, lines):
             if "rank" in message:
                 self._ranks[message["rank"]] = connection
             else:
                 self._told[connection].append(message)
+        return bool(received)
 
     def round(self, number: int) -> dict[str, float]:
         """Let it work for one round; CPU time is that of all ranks, wall time that of the slowest."""

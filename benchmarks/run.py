@@ -109,7 +109,8 @@ def main() -> None:
 
 
 def _heading(module: Any) -> str:
-    return (module.__doc__ or "").strip().partition("\n")[0]
+    """The first sentence of the measure's docstring."""
+    return " ".join((module.__doc__ or "").split()).partition(". ")[0].rstrip(".") + "."
 
 
 def _say(line: str) -> None:

@@ -49,7 +49,7 @@ def _case(session: Session, size: str, precision: str) -> list[Row]:
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "max_length": length, "vocab_size": vocabulary(run)}
     loaded = steps_of(run, n_steps)
     steps, work = save_steps(loaded, session.folder / f"steps-{size}.pt"), n_real(loaded)
-    folder = session.folder / f"weights-{name.replace(' ', '-')}"
+    folder = session.folder / f"weights-{size}-{precision}"
     config = model_config(**shape)
     weights = save_weights(config, folder, theirs=session.peers.has("transformers"))
     mine = [*run, *model_overrides(config)]
