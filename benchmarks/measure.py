@@ -62,6 +62,7 @@ class Session:
     folder    of its own, for whatever it writes
     data      where text for the measures lies that want real one; they make some up where it is absent
     cpus      the cores of the contestants
+    case      of a measure with several cases, those with this in their names
     deadline  of the whole command, by time.monotonic(); None: as long as it takes
     skipped   what could not be measured, and why: printed and recorded
     """
@@ -74,6 +75,7 @@ class Session:
     smoke: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     deadline: float | None = None
+    case: str = ""
     skipped: list[str] = field(default_factory=list)
     say: Callable[[str], None] = print
 

@@ -36,6 +36,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("measure", nargs="*", help="names of modules in benchmarks/cpu or benchmarks/gpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1, help="of every contestant, each on a core of its own")
+    parser.add_argument("--case", default="", help="of a measure with several cases, those with this in their names")
     parser.add_argument("--loaded", action="store_true", help="measure on a loaded machine, and mark the result")
     parser.add_argument("--smoke", action="store_true", help="all of it tiny, in a minute; writes no results")
     parser.add_argument("--rehearse", action="store_true", help="gpu: every part on the CPU, tiny; writes no results")
@@ -75,9 +76,8 @@ def main() -> None:
         for name, module in wanted.items():
             _say(f"{name}: {_heading(module)}")
             folder = (given.keep or Path(scratch)) / name
-            session = Session(
-                folder, given.data, others, cpus, rounds, small, "cuda" if on_gpu else "cpu", deadline, say=_say
-            )
+            device = "cuda" if on_gpu else "cpu"
+            session = Session(folder, given.data, others, cpus, rounds, small, device, deadline, given.case, say=_say)
             folder.mkdir(parents=True, exist_ok=True)
             about = machine.about()
             try:

@@ -32,6 +32,9 @@ class CountSyncs(Callback):
         self.counts: Counter[int] = Counter()
         self.mode = Counting()
         self.mode.__enter__()
+        torch.ones(()).item()
+        assert self.mode.n == 1, "the count of a sync that was made for it"
+        self.mode.n = 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

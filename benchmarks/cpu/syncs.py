@@ -38,6 +38,8 @@ def measure(session: Session) -> list[Row]:
     rows = []
     text = text_file(session.folder, 60_000)
     for family in ("decoder",) if session.smoke else FAMILIES:
+        if session.case not in family:
+            continue
         counts = _counts(session, family, str(text))
         quiet = [count for step, count in counts.items() if step % FLUSH and step > 2]
         flushes = [count for step, count in counts.items() if not step % FLUSH]
