@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, Literal
 
 from benchmarks import contest
 from benchmarks.contest import Contestant, Outcome, Spread
-from benchmarks.machine import ROOT
+from benchmarks.machine import QUIET, ROOT
 from benchmarks.peers import Peers
 from benchmarks.turn import Pace
 
@@ -64,6 +65,7 @@ class Session:
     cpus      the cores of the contestants
     case      of a measure with several cases, those with this in their names
     deadline  of the whole command, by time.monotonic(); None: as long as it takes
+    others    cores that other programs kept busy, round by round
     skipped   what could not be measured, and why: printed and recorded
     """
 
@@ -77,6 +79,7 @@ class Session:
     deadline: float | None = None
     case: str = ""
     skipped: list[str] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
     say: Callable[[str], None] = print
 
     def compete(
@@ -94,7 +97,15 @@ class Session:
             steps, warmup, starts = 2, 3, 1
         pace = Pace(steps, self.rounds, warmup, checked=min(warmup, 20))
         options = {"starts": starts, "cpus": self.cpus, "hurried": self.smoke, **options}
-        return contest.compete(contestants, pace, self.folder / name, say=self.say, **options)
+        outcome = contest.compete(contestants, pace, self.folder / name, say=self.say, **options)
+        self.others += outcome.others
+        return outcome
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether other programs were at work in half of all rounds: more than twice what is allowed at the start, as
+        contestants bring programs along (W&B's service, the watchdog's process), whose time is not counted."""
+        return bool(self.others) and statistics.median(self.others) > 2 * QUIET
 
     def n_steps(self, steps: int, warmup: int = 20, starts: int = 2) -> int:
         """How many steps a contestant of `compete` with these arguments makes."""

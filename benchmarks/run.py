@@ -93,7 +93,7 @@ def main() -> None:
             record[name] = {
                 "heading": _heading(module),
                 "about": about | {"threads": given.threads, "rounds": rounds, "peers": others.versions},
-                "loaded": why is not None,
+                "loaded": why is not None or session.disturbed,
                 "skipped": session.skipped,
                 "rows": report.recorded(results[name]),
             }
