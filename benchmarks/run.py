@@ -64,8 +64,8 @@ def main() -> None:
     why = machine.refusal(busy)
     if why is not None and not given.loaded:
         sys.exit(f"benchmarks/run.py: {why}")
-    cpus = sorted(os.sched_getaffinity(0))[0 if small else -given.threads :]
-    on_gpu = given.device == "gpu" and not given.rehearse
+    on_gpu = given.device == "gpu" and not small
+    cpus = sorted(os.sched_getaffinity(0))[0 if small or on_gpu else -given.threads :]
     others: Peers = here() if small or given.device == "gpu" else peers(_say)
     rounds = 2 if small else 1 if on_gpu else given.rounds
     deadline = time.monotonic() + GPU_S if on_gpu and not given.measure else None
