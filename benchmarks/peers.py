@@ -61,7 +61,11 @@ def peers(say: Callable[[str], None]) -> Peers:
         subprocess.run([*pip, f"torch=={torch.partition('+')[0]}", *WISHES], check=True)
         subprocess.run([*pip, "--no-deps", *BARE], check=True)
         (folder / "complete").touch()
-    listed = subprocess.run(
-        [str(python), "-m", "pip", "list", "--format=json"], check=True, capture_output=True, text=True
-    )
+    return at(python)
+
+
+def at(python: Path) -> Peers:
+    """Those that an environment of somebody's own holds."""
+    command = [str(python), "-m", "pip", "list", "--format=json"]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True)
     return Peers(str(python), {row["name"]: row["version"] for row in json.loads(listed.stdout)})

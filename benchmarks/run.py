@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import machine, report
 from benchmarks.contest import ContestError
 from benchmarks.measure import Row, Session, measures
-from benchmarks.peers import Peers, here, peers
+from benchmarks.peers import Peers, at, here, peers
 
 ROOT = machine.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,6 +40,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--loaded", action="store_true", help="measure on a loaded machine, and mark the result")
     parser.add_argument("--smoke", action="store_true", help="all of it tiny, in a minute; writes no results")
     parser.add_argument("--rehearse", action="store_true", help="gpu: every part on the CPU, tiny; writes no results")
+    parser.add_argument("--peers", type=Path, default=None, help="Python of an environment that holds the peers")
     parser.add_argument("--data", type=Path, default=ROOT / ".." / "shared" / "data", help="folder of real text")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results go")
     parser.add_argument("--keep", type=Path, default=None, help="keep what contestants wrote in this folder")
@@ -66,7 +67,8 @@ def main() -> None:
         sys.exit(f"benchmarks/run.py: {why}")
     on_gpu = given.device == "gpu" and not small
     cpus = sorted(os.sched_getaffinity(0))[0 if small or on_gpu else -given.threads :]
-    others: Peers = here() if small or given.device == "gpu" else peers(_say)
+    needed = given.device == "cpu" and not small
+    others: Peers = at(given.peers) if given.peers else peers(_say) if needed else here()
     rounds = 2 if small else 1 if on_gpu else given.rounds
     deadline = time.monotonic() + GPU_S if on_gpu and not given.measure else None
     results: dict[str, list[Row]] = {}
