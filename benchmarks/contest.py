@@ -238,13 +238,13 @@ def compete(
         losses: dict[str, list[float]] = {}
         teams = [[contestant] for contestant in contestants] if apart else [list(contestants)]
         for team in teams:
-            _meet(team, own, folder, cpus, outcome, losses, say, hurried)
-        _agree(contestants, losses, tolerance, outcome)
+            _meet(team, contestants, own, folder, cpus, outcome, losses, say, hurried, tolerance)
     return outcome
 
 
 def _meet(
     team: Sequence[Contestant],
+    met: Sequence[Contestant],
     pace: Pace,
     folder: Path,
     cpus: Sequence[int],
@@ -252,8 +252,9 @@ def _meet(
     losses: dict[str, list[float]],
     say: Callable[[str], None],
     hurried: bool,
+    tolerance: float,
 ) -> None:
-    """Start each, let it warm up alone, then take turns."""
+    """Start each, let it warm up alone, compare its losses with those of all that have been `met`, then take turns."""
     running: list[_Running] = []
     try:
         for contestant in team:
@@ -265,6 +266,7 @@ def _meet(
                 losses[contestant.name] = running[-1].heard()[0]["losses"]
         if hurried:
             losses |= {each.contestant.name: each.heard()[0]["losses"] for each in running}
+        _agree([contestant for contestant in met if contestant.name in losses], losses, tolerance, outcome)
         for number in range(pace.rounds):
             for each in running:
                 before, start = busy_s(), time.monotonic()

@@ -88,9 +88,17 @@ def save_steps(steps: Sequence[Sequence[Mapping[str, Tensor]]], path: Path) -> P
     return path
 
 
-def save_weights(config: TransformerConfig, folder: Path, *, theirs: bool = False, state: bool = True) -> Path:
+def save_weights(
+    config: TransformerConfig,
+    folder: Path,
+    *,
+    theirs: bool = False,
+    state: bool = True,
+    tokenizer: Tokenizer | None = None,
+) -> Path:
     """Weights from a fixed seed, up to three times in `folder`: `step-0`, a step directory for init_from; if `state`,
-    `state.pt`, a state dict of llm.model.Transformer; and, if `theirs`, `theirs`, a folder for transformers."""
+    `state.pt`, a state dict of llm.model.Transformer; and, if `theirs`, `theirs`, a folder for transformers, which
+    takes from `tokenizer` which token is padding."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     model = Transformer(config)
@@ -99,7 +107,11 @@ def save_weights(config: TransformerConfig, folder: Path, *, theirs: bool = Fals
     settings = folder / "config.yaml"
     node = {"_target_": "llm.model.TransformerConfig", **asdict(config)}
     settings.write_text(yaml.safe_dump({"model": node}, sort_keys=False))
-    save(folder / "step-0", {f"model.{name}": value for name, value in weights_of(model).items()}, {}, [settings])
+    attachments = [settings]
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+        attachments.append(folder / "tokenizer")
+    save(folder / "step-0", {f"model.{name}": value for name, value in weights_of(model).items()}, {}, attachments)
     if theirs:
         export_folder(folder / "step-0", folder / "theirs")
     return folder

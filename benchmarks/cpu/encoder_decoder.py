@@ -21,6 +21,7 @@ from benchmarks.material import SHARED, model_overrides, n_real, save_steps, sav
 from benchmarks.measure import Bar, Row, Session
 from llm.model import TransformerConfig
 from llm.objective.loss import IGNORED
+from llm.tokenizer import Tokenizer
 
 ORDER = 5
 STEPS = 10
@@ -52,8 +53,9 @@ def measure(session: Session) -> list[Row]:
         *SHARED,
     ]
     config = _config(vocabulary(run), small=session.smoke)
-    weights = save_weights(config, session.folder / "weights", theirs=session.peers.has("transformers"))
-    loaded = list(_steps(pairs, rows, run))
+    tokenizer, theirs_too = tokenizer_of(run), session.peers.has("transformers")
+    weights = save_weights(config, session.folder / "weights", theirs=theirs_too, tokenizer=tokenizer)
+    loaded = list(_steps(pairs, rows, tokenizer))
     steps, work = save_steps(loaded, session.folder / "steps.pt"), n_real(loaded)
     fields = ("documents", "positions")
     team = [
@@ -112,9 +114,8 @@ def _pairs(folder: Path, n: int, *, made_up: bool) -> list[tuple[str, str]]:
     return (found * -(-n // len(found)))[:n]
 
 
-def _steps(pairs: list[tuple[str, str]], rows: int, run: list[str]) -> Iterator[list[dict[str, Tensor]]]:
+def _steps(pairs: list[tuple[str, str]], rows: int, tokenizer: Tokenizer) -> Iterator[list[dict[str, Tensor]]]:
     """One micro-batch each, as Seq2Seq wants it: targets begin with padding, labels end the text."""
-    tokenizer = tokenizer_of(run)
     pad, end = tokenizer.pad_id, tokenizer.eot_id
 
     def laid_out(texts: list[str], filler: int) -> Tensor:
