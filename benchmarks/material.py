@@ -35,8 +35,8 @@ SHARED = [
     "data.val_every=null",
     "trainer.limit_val_batches=0",
 ]
-# As in conf/optimizer/adamw.yaml, but for a tenth of its rate: AdamW divides a gradient by its own size, so that at 1e-3
-# the last bit of two orders of summation has grown to 5e-4 of loss within twenty steps (litgpt's beside ours).
+# As in conf/optimizer/adamw.yaml, but for a tenth of its rate: AdamW divides a gradient by its own size, so that at
+# 1e-3 the last bit of two orders of summation has grown to 5e-4 of loss within twenty steps (litgpt's beside ours).
 ADAMW = {"lr": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-8}
 CLIP_NORM = 1.0
 
