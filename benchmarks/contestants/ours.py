@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from benchmarks.contest import Contestant
 from benchmarks.contestants.plain import InMemory
 from benchmarks.machine import ROOT
+from benchmarks.material import n_real
 from benchmarks.turn import Turn
 from llm.data import TextData
 from llm.data.collate import Step
@@ -56,7 +57,8 @@ class Prepared(TextData):
     def train_dataloader(self) -> InMemory:  # type: ignore[override]
         rank, world_size = self._place()
         loaded = torch.load(os.environ[STEPS], weights_only=True)
-        steps = [Step(i, [_share(batch, rank, world_size) for batch in step]) for i, step in enumerate(loaded)]
+        shares = [[_share(batch, rank, world_size) for batch in step] for step in loaded]
+        steps = [Step(i, share, int(n)) for i, (share, n) in enumerate(zip(shares, n_real(shares), strict=True))]
         # As the data loader does it: from page-locked memory a copy to the device is waited for by nobody.
         return InMemory([step.pin_memory() for step in steps] if torch.cuda.is_available() else steps)
 

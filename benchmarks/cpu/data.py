@@ -1,13 +1,11 @@
-"""Preparing, reading and opening data: `python -m benchmarks.cpu.data [prepare_rate …]`.
+"""Preparing, reading and opening data.
 
-Each measure gives its figure, the bar and whether it is met; all go to benchmarks/results/data.json. The text is cut
-out of the standard library at random places, in documents of some 3,000 characters. What needs a peak of memory of its
-own runs in a process of its own.
+The text is cut out of the standard library at random places, in documents of some 3,000 characters. What needs a peak
+of memory of its own runs in a process of its own.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -25,6 +23,8 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
+from benchmarks.contest import Spread
+from benchmarks.measure import Bar, Row, Session
 from llm.data import Files, NextToken, StandardLibrary
 from llm.data.cache import META, Cache
 from llm.data.collate import Settings
@@ -35,8 +35,6 @@ from llm.data.steps import TrainSteps
 from llm.data.task import Widths
 from llm.tokenizer import ByteLevelBPE, Tokenizer
 
-RESULTS = Path(__file__).parents[1] / "results" / "data.json"
-ROUNDS = 5
 RATE_BYTES = 20_000_000
 MEMORY_BYTES = 1_000_000_000
 LENGTHS = (64, 256, 1024)
@@ -61,7 +59,18 @@ def tokenizer() -> Tokenizer:
     return ByteLevelBPE(4096).build([text for i, text in enumerate(StandardLibrary().documents()) if i % 10 == 0])
 
 
-def prepare_rate(size: int = RATE_BYTES) -> Figures:
+def measure(session: Session) -> list[Row]:
+    """Rates, then memory."""
+    small = 20 if session.smoke else 1
+    return [
+        prepare_rate(RATE_BYTES // small, session.rounds),
+        *(read_rate(length, RATE_BYTES // small, session.rounds) for length in LENGTHS),
+        *prepare_memory(MEMORY_BYTES // small**2),
+        *open_index(INDEX_TOKENS // small),
+    ]
+
+
+def prepare_rate(size: int, n_rounds: int) -> Row:
     """File to token file over the library's own encode_batch of the same texts, which lie in memory: wall time, on all
     cores, round by round."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -72,52 +81,50 @@ def prepare_rate(size: int = RATE_BYTES) -> Figures:
         backend = Backend.from_str(ours.backend.to_str())
         ours.encode("warm"), backend.encode_batch(texts[:10])
         ratios, speeds = [], []
-        for number in range(ROUNDS):
+        for number in range(n_rounds):
             theirs = _timed(lambda: [backend.encode_batch(texts[at : at + 1000]) for at in range(0, len(texts), 1000)])
             mine = _timed(partial(prepare_tokens, "text", source, ours, folder / str(number)))
             ratios.append(theirs / mine)
             speeds.append(size / 1e6 / mine)
-        return _judged(
-            "rate over encode_batch", _spread(ratios), ">=", 1.0, {"megabytes_per_s": round(median(speeds), 2)}
-        )
+        note = f"{median(speeds):.1f} MB/s"
+        return Row("preparing over encode_batch", "x", Spread.of(ratios), Bar(">=", 1.0), note=note)
 
 
-def prepare_memory(size: int = MEMORY_BYTES) -> Figures:
+def prepare_memory(size: int) -> list[Row]:
     """Peak memory of a process that prepares tokens and rows of a file of `size` bytes, and of a quarter of it: what
     does not grow with the file will not for a larger one."""
-    peaks = {}
+    rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tokenizer().save(folder / "tokenizer")
         for n_bytes in (size // 4, size):
             write_text(folder / "text.jsonl", n_bytes)
-            peaks[n_bytes] = _alone("_prepare", str(folder))["peak_mb"]
-    quarter, whole = peaks.values()
-    return _judged("peak memory, MB", whole, "<", 1000, {"bytes": size, "peak_mb_of_a_quarter": quarter})
+            peak = Spread.of([_alone("_prepare", str(folder))["peak_mb"]])
+            rows.append(Row(f"preparing {n_bytes / 1e6:,.0f} MB, peak memory", "MB", peak, Bar("<=", 1000)))
+    return rows
 
 
-def read_rate() -> Figures:
-    """Tokens that are made into steps of 16,384 tokens by one core, a second of its time."""
+def read_rate(length: int, size: int, n_rounds: int) -> Row:
+    """Tokens that are made into steps of 16,384 tokens by one core, a second of its time, in rows of `length`."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, ours = Path(scratch), tokenizer()
-        write_text(folder / "text.jsonl", RATE_BYTES)
+        write_text(folder / "text.jsonl", size)
         tokens = prepare_tokens("text", Files(str(folder / "text.jsonl")), ours, folder)
-        rates = {}
-        for length in LENGTHS:
-            rows = prepare_rows("text", tokens, Held(), (NextToken(), Widths(length, 0)), folder)
-            steps = _steps(rows, ours)
-            rates[length] = _spread([_tokens_per_s(steps, number) / 1e6 for number in range(ROUNDS)])
-    worst = min(rates.values(), key=lambda rate: rate["median"])
-    return _judged("million tokens a CPU second", worst, ">", 50, {"by_length": rates})
+        steps = _steps(prepare_rows("text", tokens, Held(), (NextToken(), Widths(length, 0)), folder), ours)
+        rates = Spread.of([_tokens_per_s(steps, number) / 1e6 for number in range(n_rounds)])
+    return Row(f"reading rows of {length:,}", "M tokens/CPU-s", rates, Bar(">=", 50))
 
 
-def open_index(n_tokens: int = INDEX_TOKENS) -> Figures:
+def open_index(n_tokens: int) -> list[Row]:
     """From the finished caches of so many tokens, in documents of 1,000 and rows of 1,024, to the first step."""
     with tempfile.TemporaryDirectory() as scratch:
         _made_up(Path(scratch), n_tokens)
         told = _alone("_open", scratch)
-    met = told["seconds"] < 1 and told["more_mb"] < 200
-    return {"figure": "seconds, and MB more than before", **told, "bar": "< 1 s and < 200 MB", "met": met}
+    case = f"opening {n_tokens / 1e9:g} billion tokens"
+    return [
+        Row(case, "s", Spread.of([told["seconds"]]), Bar("<=", 1.0)),
+        Row(f"{case}, memory", "MB", Spread.of([told["more_mb"]]), Bar("<=", 200)),
+    ]
 
 
 def _prepare(folder: str) -> Figures:
@@ -179,7 +186,7 @@ def _tokens_per_s(steps: TrainSteps, number: int, n_steps: int = 200) -> float:
 
 def _alone(name: str, *arguments: str) -> Figures:
     """What a function of this file gives in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.cpu.data", "--inside", name, *arguments]
+    command = [sys.executable, "-m", "benchmarks.cpu.data", name, *arguments]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     return json.loads(told.stdout.splitlines()[-1])
 
@@ -195,42 +202,5 @@ def _timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"median": round(median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3)}
-
-
-def _judged(figure: str, value: Any, sense: str, bar: float, more: Figures) -> Figures:
-    of = value["median"] if isinstance(value, dict) else value
-    met = {">=": of >= bar, ">": of > bar, "<": of < bar}[sense]
-    return {"figure": figure, "value": value, "bar": f"{sense} {bar:g}", "met": met, **more}
-
-
-MEASURES: dict[str, Callable[..., Figures]] = {
-    "prepare_rate": prepare_rate,
-    "prepare_memory": prepare_memory,
-    "read_rate": read_rate,
-    "open_index": open_index,
-}
-
-
-def main() -> None:
-    """Measure, print and keep."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("name", nargs="*", help=f"of {', '.join(MEASURES)}; none: all")
-    parser.add_argument("--size", type=int, help="bytes of the file of prepare_rate and prepare_memory")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.inside:
-        name, *arguments = options.name
-        print(json.dumps({"_prepare": _prepare, "_open": _open}[name](*arguments)))
-        return
-    kept: Figures = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in options.name or MEASURES:
-        sized = options.size is not None and name in ("prepare_rate", "prepare_memory")
-        kept[name] = MEASURES[name](options.size) if sized else MEASURES[name]()
-        print(name, json.dumps(kept[name]), flush=True)
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # a process that `_alone` started
+    print(json.dumps({"_prepare": _prepare, "_open": _open}[sys.argv[1]](*sys.argv[2:])))

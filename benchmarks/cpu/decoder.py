@@ -6,6 +6,8 @@ positions and no tied head: it is measured beside ours with rotary positions and
 
 from __future__ import annotations
 
+import torch
+
 from benchmarks.contest import Outcome
 from benchmarks.contestants.command import contestant, plain, theirs
 from benchmarks.contestants.ours import ours
@@ -20,6 +22,7 @@ from benchmarks.material import (
     vocabulary,
 )
 from benchmarks.measure import Bar, Row, Session
+from llm.machine import multiplies_bfloat16
 
 ORDER = 2
 # name: width, layers, heads, steps of a round
@@ -34,7 +37,10 @@ OVER_PLAIN, OVER_TRAINER = Bar(">=", 0.98), Bar(">=", 1.2)
 
 def measure(session: Session) -> list[Row]:
     """Tokens per CPU-second, and how they compare."""
-    cases = [(size, precision) for size in SIZES for precision in PRECISIONS]
+    fast = [name for name in PRECISIONS if name == "fp32" or multiplies_bfloat16(torch.device("cpu"))]
+    if len(fast) < len(PRECISIONS) and not session.smoke:
+        session.skip("bf16: this CPU has no instructions for it, and nothing trains in it here")
+    cases = [(size, precision) for size in SIZES for precision in fast]
     rows = []
     for size, precision in [("tiny", "fp32")] if session.smoke else cases:
         if session.case in f"{size} {precision}":

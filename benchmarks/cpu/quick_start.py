@@ -1,33 +1,27 @@
-"""nanoGPT's CPU quick start and `experiment=shakespeare_char`: `python benchmarks/cpu/quick_start.py input.txt`.
+"""nanoGPT's CPU quick start, and `experiment=shakespeare_char`.
 
 Characters of tiny Shakespeare, 4 layers of 128, windows of 64, 12 a step (karpathy/nanoGPT, README.md and
 config/train_shakespeare_char.py). Every run is a child process on one thread, and its cost is its CPU seconds, user and
 system, from the start of Python to its end: imports, tokens, validation, samples and checkpoints are in it.
 
-recipe     2,000 steps of the experiment
-short      as many of them as `--short` says, the schedule ending there: how soon 1.88 is reached
-start-up   two steps of it, validated on one batch: what of the others is no training
+start-up   two steps of the experiment, validated on one batch: what of the others is no training
+short      350 steps of it, its schedule ending there: how soon 1.88 is reached
+recipe     2,000 steps of it
 reference  nanoGPT's own recipe in a plain loop over our network, with its own evaluations
 
-Each model is judged twice on the last tenth of the text: `val_loss`, its own last validation, and `windows`, nanoGPT's
-estimate, over windows anywhere, which is made here with nothing of the project but the network. What came of it goes to
-benchmarks/results/quick_start.json.
+Each model is judged twice on the last tenth of the text: by its own last validation, and by nanoGPT's estimate, over
+windows anywhere, which is made here with nothing of the project but the network.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
-import tempfile
-import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +29,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.contest import Spread
+from benchmarks.measure import Bar, Row, Session
+from llm import Transformer, TransformerConfig, load
+
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-
-from llm import Transformer, TransformerConfig, load  # noqa: E402
-
-RESULTS = ROOT / "benchmarks" / "results" / "quick_start.json"
 LENGTH, ROWS, STEPS = 64, 12, 2000
-WANTED = {"recipe": "val_loss <= 1.60", "short": "val_loss <= 1.88 in <= 70 cpu_s"}
+SEEDS = [0, 1]
+BRIEF = ["trainer.max_steps=2", "schedule.warmup_steps=0", "trainer.limit_val_batches=1", "~callback.sample"]
+BARS = {
+    "short": {"cpu_s": Bar("<=", 70), "val_loss": Bar("<=", 1.88)},
+    "recipe": {"val_loss": Bar("<=", 1.60)},
+}
 
 
 def text_of(path: Path) -> bytes:
@@ -162,10 +160,10 @@ def trained(file: Path, run_dir: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def measured(name: str, text: bytes, seed: int, overrides: list[str], folder: Path) -> dict[str, Any]:
-    """One row of the results."""
+    """One run."""
     file = folder / "input.txt"
     if name == "reference":
-        cpu_s, printed = child([__file__, str(file), "--reference", str(seed)])
+        cpu_s, printed = child(["-m", "benchmarks.cpu.quick_start", str(file), str(seed)])
         return {"seed": seed, "cpu_s": round(cpu_s, 1), **json.loads(printed)}
     run_dir = folder / f"{name}-{seed}"
     result = trained(file, run_dir, [f"seed={seed}", *overrides])
@@ -176,52 +174,26 @@ def measured(name: str, text: bytes, seed: int, overrides: list[str], folder: Pa
     return {"seed": seed, **result, "windows": estimate(model, tensor(halves(text)[1]), 200)}
 
 
-def main() -> None:
-    """All runs, one after the other."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("text", type=Path, help="tiny Shakespeare, input.txt or input.txt.gz")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    parser.add_argument("--short", type=int, default=350, help="steps of the short run")
-    parser.add_argument("--only", nargs="*", default=["start-up", "short", "recipe", "reference"])
-    parser.add_argument("--override", nargs="*", default=[], help="of the experiment, in all of its runs")
-    parser.add_argument("--reference", type=int, help=argparse.SUPPRESS)  # the child: seed
-    options = parser.parse_args()
-    text = text_of(options.text)
-    if options.reference is not None:
-        torch.set_num_threads(1)
-        print(json.dumps(reference(text, options.reference)))
-        return
-    lengths = {
-        "start-up": [
-            "trainer.max_steps=2",
-            "schedule.warmup_steps=0",
-            "trainer.limit_val_batches=1",
-            "~callback.sample",
-        ],
-        "short": [f"trainer.max_steps={options.short}"],
-        "recipe": [],
-    }
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "input.txt").write_bytes(text)
-        for name in options.only:
-            seeds = options.seeds[:1] if name == "start-up" else options.seeds
-            load_before, started = os.getloadavg()[0], time.monotonic()
-            overrides = [*lengths.get(name, []), *options.override]
-            runs = [measured(name, text, seed, overrides, folder) for seed in seeds]
-            results[name] = {
-                **({"wanted": WANTED[name]} if name in WANTED else {}),
-                "date": datetime.now(UTC).isoformat(timespec="minutes"),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-                # CPU seconds grow with it: what shares caches and memory slows what runs.
-                "load": {"before": round(load_before, 2), "after": round(os.getloadavg()[0], 2)},
-                "wall_s": round(time.monotonic() - started, 1),
-                "runs": runs,
-            }
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            print(name, *(f"{run.get('val_loss', math.nan):.4f} in {run['cpu_s']} CPU-s" for run in runs), flush=True)
+def measure(session: Session) -> list[Row]:
+    """All runs, one after the other; of two seeds, in a smoke test of one for a few steps."""
+    path = session.data / "lm_tinyshakespeare" / "input.txt.gz"
+    if not path.exists():
+        session.skip("tiny Shakespeare is not here")
+        return []
+    text, rows = text_of(path), []
+    (session.folder / "input.txt").write_bytes(text)
+    runs = {"start-up": BRIEF, "short": ["trainer.max_steps=350"], "recipe": [], "reference": []}
+    for name, overrides in {"start-up": BRIEF}.items() if session.smoke else runs.items():
+        seeds = SEEDS[:1] if name in ("start-up", "reference") else SEEDS
+        told = [measured(name, text, seed, overrides, session.folder) for seed in seeds]
+        bars = BARS.get(name, {})
+        for figure, unit in (("cpu_s", "CPU-s"), ("val_loss", "nats"), ("windows", "nats")):
+            if figure in told[0]:
+                value = Spread.of([run[figure] for run in told])
+                rows.append(Row(f"{name}: {figure}", unit, value, bars.get(figure), figures={"runs": told}))
+    return rows
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # the reference, in a process of its own
+    torch.set_num_threads(1)
+    print(json.dumps(reference(text_of(Path(sys.argv[1])), int(sys.argv[2]))))
