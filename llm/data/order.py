@@ -101,20 +101,26 @@ def permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
     # Of the largest index (exact below 2^53), but at least 4: halves of a bit or two mix badly.
     bits = np.maximum(np.frexp((size - 1).astype(np.float64))[1], 4).astype(np.uint64)
     low_bits = bits // np.uint64(2)
-    high_mask = (np.uint64(1) << (bits - low_bits)) - np.uint64(1)
-    low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
-    result = index.astype(np.uint64)
-    walking = np.arange(len(result))
+    high_bits, ends = bits - low_bits, size.astype(np.uint64)
+    result = _walked(index.astype(np.uint64), key, low_bits, high_bits)
+    walking = np.flatnonzero(result >= ends)
     while len(walking):
-        value, keys, shift = result[walking], key[walking], low_bits[walking]
-        low, high = value & low_mask[walking], value >> shift
-        for _ in range(0, _ROUNDS, 2):
-            high ^= _mix(low ^ keys) & high_mask[walking]
-            low ^= _mix(high ^ (keys + _STRIDE)) & low_mask[walking]
-            keys = keys + _STRIDE + _STRIDE
-        result[walking] = (high << shift) | low
-        walking = walking[result[walking] >= size[walking].astype(np.uint64)]
+        result[walking] = _walked(result[walking], key[walking], low_bits[walking], high_bits[walking])
+        walking = walking[result[walking] >= ends[walking]]
     return result.astype(np.int64)
+
+
+def _walked(value: np.ndarray, keys: np.ndarray, low_bits: np.ndarray, high_bits: np.ndarray) -> np.ndarray:
+    """One pass of the network."""
+    one = np.uint64(1)
+    low_mask, high_mask = (one << low_bits) - one, (one << high_bits) - one
+    low, high = value & low_mask, value >> low_bits
+    for _ in range(0, _ROUNDS, 2):
+        high ^= _mix(low ^ keys) & high_mask
+        keys = keys + _STRIDE
+        low ^= _mix(high ^ keys) & low_mask
+        keys = keys + _STRIDE
+    return (high << low_bits) | low
 
 
 def _key(seed: int, source: np.ndarray, epoch: np.ndarray) -> np.ndarray:
@@ -125,7 +131,11 @@ def _key(seed: int, source: np.ndarray, epoch: np.ndarray) -> np.ndarray:
 
 def _mix(value: np.ndarray) -> np.ndarray:
     """One step of SplitMix64 (Steele, Lea and Flood 2014): each bit of the input turns half of the output's."""
-    value = value + np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
+    value = value + np.uint64(0x9E3779B97F4A7C15)  # a copy, changed in place from here on
+    shifted = value >> np.uint64(30)
+    value ^= shifted
+    value *= np.uint64(0xBF58476D1CE4E5B9)
+    value ^= np.right_shift(value, np.uint64(27), out=shifted)
+    value *= np.uint64(0x94D049BB133111EB)
+    value ^= np.right_shift(value, np.uint64(31), out=shifted)
+    return value
