@@ -85,7 +85,7 @@ LIBRARIES: dict[str, set[str]] = {
     "tokenizers": {"tokenizer"},
     "datasets": {"data"},
     "pyarrow": {"data"},
-    "wandb": set(),
+    "wandb": {"build"},
     "matplotlib": {"callback"},
 }
 LIGHT = (
