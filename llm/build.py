@@ -33,6 +33,7 @@ def build(cfg: DictConfig) -> tuple[L.Trainer, Any]:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger._wandb_init.pop("anonymous", None)  # Lightning's default, which wandb warns about in every run
+            _load_wandb()
     trainer = built(
         node,
         max_epochs=-1,
@@ -59,3 +60,10 @@ def built(node: DictConfig, **arguments: Any) -> Any:
         if isinstance(error.__cause__, ValueError | MisconfigurationException):
             raise ConfigError(str(error.__cause__).splitlines()) from error
         raise
+
+
+def _load_wandb() -> None:
+    """What beginning a run loads, from so deep that it takes twice as long: below Python 3.13 pydantic looks for the
+    source of each of wandb's classes in every frame there is. Only the first process begins one."""
+    if place().rank == 0:
+        import wandb.apis.public  # noqa: F401

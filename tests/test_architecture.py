@@ -86,7 +86,7 @@ LIBRARIES: dict[str, set[str]] = {
     "tokenizers": {"tokenizer"},
     "datasets": {"data"},
     "pyarrow": {"data"},
-    "wandb": set(),
+    "wandb": {"build"},
     "matplotlib": {"callback"},
 }
 LIGHT = (

@@ -58,22 +58,25 @@ class StandardLibrary(Source):
 
     def files(self) -> list[Path]:
         """Paths below the library's folder, sorted."""
+        root = self._root()
         found: list[Path] = []
-        for folder, folders, names in os.walk(self._root()):
+        for folder, folders, names in os.walk(root):
             folders[:] = [name for name in folders if name not in _NOT_LIBRARY]
-            found += [Path(folder, name).relative_to(self._root()) for name in names if name.endswith(".py")]
+            below = Path(folder).relative_to(root)
+            found += [below / name for name in names if name.endswith(".py")]
         return sorted(found)
 
     def documents(self) -> Iterator[str]:
-        files = self.files()
+        root, files = self._root(), self.files()
         if not files:
-            raise DataError(f"{self._root()}: no *.py files here; give files with data=files data.path=…")
+            raise DataError(f"{root}: no *.py files here; give files with data=files data.path=…")
         for file in files:
-            yield decode(self._root() / file, (self._root() / file).read_bytes())
+            yield decode(root / file, (root / file).read_bytes())
 
     def fingerprint(self) -> str:
         # Not the modification times: they differ between machines that hold the same Python.
-        sizes = [(path.as_posix(), (self._root() / path).stat().st_size) for path in self.files()]
+        root = self._root()
+        sizes = [(path.as_posix(), (root / path).stat().st_size) for path in self.files()]
         return digest("stdlib", platform.python_version(), sizes)
 
     def _root(self) -> Path:
