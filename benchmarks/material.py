@@ -158,9 +158,17 @@ def apart(step: Sequence[Mapping[str, Tensor]], fillers: Mapping[str, int]) -> l
     ]
 
 
-def n_real(steps: Sequence[Sequence[Mapping[str, Tensor]]], field: str = "documents") -> list[float]:
-    """Of each step, the tokens that are not padding."""
-    return [float(sum(int((batch[field] > 0).sum()) for batch in step)) for step in steps]
+def n_real(steps: Sequence[Sequence[Mapping[str, Tensor]]]) -> list[float]:
+    """Of each step, the tokens that are not padding, to which no document belongs; rows that tell none are full."""
+    return [
+        float(
+            sum(
+                int((batch["documents"] > 0).sum()) if "documents" in batch else batch["tokens"].numel()
+                for batch in step
+            )
+        )
+        for step in steps
+    ]
 
 
 def model_config(**settings: Any) -> TransformerConfig:

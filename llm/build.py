@@ -63,7 +63,7 @@ def built(node: DictConfig, **arguments: Any) -> Any:
 
 
 def _load_wandb() -> None:
-    """What beginning a run loads, from so deep that it takes twice as long: below Python 3.13 pydantic looks for the
+    """What beginning a run loads, from so deep that it takes longer: below Python 3.13 pydantic looks for the
     source of each of wandb's classes in every frame there is. Only the first process begins one."""
     if place().rank == 0:
         import wandb.apis.public  # noqa: F401

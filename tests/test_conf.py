@@ -70,8 +70,9 @@ def test_experiment(name: str, compose_run: Compose, corpus: Path, cache_dir: Pa
         assert cfg.strategy.compile == "auto"
         return
     places = [f"data.cache_dir={cache_dir}", f"run_dir={tokenizer_folder.parent / 'run'}", "trainer.accelerator=cpu"]
-    local = ["data=files", f"data.path={corpus}", "logger=none", "trainer.max_steps=2", "schedule.warmup_steps=0"]
-    assert run(compose("train", [f"experiment={name}", *places, *local])).step == 2
+    local = ["data=files", f"data.path={corpus}", "logger=none", "trainer.max_steps=1", "schedule.warmup_steps=0"]
+    short = ["trainer.limit_val_batches=1", "callback.sample.max_new_tokens=4"]
+    assert run(compose("train", [f"experiment={name}", *places, *local, *short])).step == 1
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: str(value))

@@ -56,7 +56,7 @@ def assemble(rows: Rows, chosen: np.ndarray, document_mask: bool, pad_id: int) -
     length = rows.widths.row
     n_rows = len(chosen)
     empty = chosen < 0
-    first = np.where(chosen > 0, rows.ends[chosen - 1], 0)
+    first = np.where(chosen > 0, rows.ends[np.maximum(chosen - 1, 0)], 0)
     n_pieces = np.where(empty, 0, rows.ends[chosen] - first)
     # Every row gets one more piece, the padding behind its documents (of length 0 in a full row): so pieces cover all
     # positions in order, and one gather reads the batch.

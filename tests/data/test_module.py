@@ -223,6 +223,11 @@ class TestValidation:
         assert [[len(batch["samples"]) for batch in step.micro_batches] for step in steps] == [[4] * 5, [4] * 3]
         assert steps[1].micro_batches[2]["samples"].tolist() == [28, 29, -1, -1]
 
+    def test_one_row_may_be_all_there_is_to_validate(self, folder: Path) -> None:
+        (folder / "few.jsonl").write_text('{"text": "a b c"}\n' * 4)
+        (step,) = make(folder, path=str(folder / "few.jsonl"), val_every=4).val_dataloader()
+        assert step.micro_batches[0]["samples"].tolist() == [0] + [-1] * 7
+
     @pytest.mark.parametrize("recipe", [Bytes(), ByteLevelBPE(300)])
     def test_val_texts_are_the_held_out_documents(self, folder: Path, recipe: Any) -> None:
         assert list(make(folder, recipe).val_texts()) == TEXTS[9::10]
