@@ -1,52 +1,45 @@
-"""How long until something happens: `python -m benchmarks.cpu.start_up [train help config mistake]`.
+"""How long until something happens.
 
-From exec on: to the end of the first optimizer step of the default run with its data prepared, of `--help`, of
-`--cfg job`, and of a command line that is refused. CPU seconds beside those of the clock: on a loaded machine only the
-former mean anything. What came of it goes to benchmarks/results/start_up.json.
+From exec on: to the end of the first optimizer step of the default run with its data prepared, on all cores, of
+`--help`, of `--cfg job`, and of a command line that is refused. Of training, CPU seconds are those of all of it: one
+step, the samples and the files at its end.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from statistics import median
-from typing import Any
+
+from benchmarks.contest import Spread
+from benchmarks.measure import Bar, Row, Session
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "start_up.json"
-ROUNDS = 3
 LINES = {
     "train": ["trainer.max_steps=1", "schedule.warmup_steps=0", "callback.watchdog.floor_s=600"],
     "help": ["--help"],
     "config": ["--cfg", "job"],
     "mistake": ["modle.dim=1"],
 }
-BARS = {"train": 12.0, "help": 2.0}
+BARS = {"train": Bar("<=", 12.0), "help": Bar("<=", 2.0)}
 # The run's own steps, for as long as the run is not told to say more: the end of the first is in metrics.jsonl.
 _FIRST_STEP = ["callback.metrics.every_n_steps=1", "trainer.limit_val_batches=0"]
 
 
-def start_up(name: str) -> dict[str, Any]:
-    """Median of some rounds, seconds: wall, and CPU of the command with what it starts."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        environment = {**os.environ, "LLM_CACHE_DIR": os.environ.get("LLM_CACHE_DIR", str(folder / "cache"))}
-        rounds = []
+def measure(session: Session) -> list[Row]:
+    """Seconds of the clock, and of all cores."""
+    rows = []
+    environment = {**os.environ, "LLM_CACHE_DIR": str(session.folder / "cache")}
+    for name in ["help"] if session.smoke else LINES:
         if name == "train":
-            _once(folder / "warm", name, environment)  # prepares the data
-        for number in range(ROUNDS):
-            rounds.append(_once(folder / str(number), name, environment))
-    wall, cpu = (round(median(column), 2) for column in zip(*rounds, strict=True))
-    bar = BARS.get(name)
-    judged = {} if bar is None else {"bar": f"< {bar:g} s", "met": wall < bar}
-    return {"figure": "seconds", "wall_s": wall, "cpu_s": cpu, "threads": os.cpu_count(), **judged}
+            _once(session.folder / "warm", name, environment)  # prepares the data
+        told = [_once(session.folder / f"{name}-{n}", name, environment) for n in range(min(session.rounds, 5))]
+        wall, cpu = (Spread.of(column) for column in zip(*told, strict=True))
+        rows += [Row(f"{name}: wall", "s", wall, BARS.get(name)), Row(f"{name}: all of it", "CPU-s", cpu)]
+    return rows
 
 
 def _once(run_dir: Path, name: str, environment: dict[str, str]) -> tuple[float, float]:
@@ -66,18 +59,3 @@ def _once(run_dir: Path, name: str, environment: dict[str, str]) -> tuple[float,
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return time.perf_counter() - start if stepped is None else stepped, cpu
-
-
-def main() -> None:
-    """Measure, print and keep."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("name", nargs="*", help=f"of {', '.join(LINES)}; none: all")
-    kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in parser.parse_args().name or LINES:
-        kept[name] = start_up(name)
-        print(name, json.dumps(kept[name]), flush=True)
-        RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
