@@ -1,4 +1,4 @@
-"""What a step of Muon costs, ours and torch.optim.Muon's: `PYTHONPATH=. python benchmarks/muon.py`, in some minutes.
+"""What a step of Muon costs, ours and torch.optim.Muon's: `python benchmarks/muon.py`, in some minutes.
 
 CPU seconds of a step on one thread, the two in turn; bytes that the first process sends in a step among so many
 processes, of which there is only this one (a fake process group). torch.optim.Muon multiplies in bfloat16 whatever the
@@ -12,6 +12,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,11 +27,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llm.model import Transformer, TransformerConfig
-from llm.optimizer.groups import hidden_matrices
-from llm.optimizer.muon import Muon
-
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from llm.model import Transformer, TransformerConfig  # noqa: E402
+from llm.optimizer.groups import hidden_matrices  # noqa: E402
+from llm.optimizer.muon import Muon  # noqa: E402
+
 RESULTS = Path(__file__).parent / "results" / "muon.json"
 SETTINGS = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95}
 MAKES: dict[str, Callable[[Any], Optimizer]] = {
