@@ -9,18 +9,16 @@ from annotated_types import Gt
 from lightning.pytorch.strategies import DDPStrategy
 
 from llm.launch import place
-from llm.model import TransformerConfig
-from llm.strategy import attention, float8
 from llm.strategy.activation_checkpointing import Checkpointing
-from llm.strategy.apply import apply, network_of, vocabulary_multiple
-from llm.strategy.attention import AttentionKernel, Attentive, dtype_of
-from llm.strategy.compiling import Compile, compile_loss, resolve
+from llm.strategy.attention import AttentionKernel
+from llm.strategy.compiling import Compile
 from llm.strategy.hooks import Hooked
 from llm.strategy.process_group import join_process_group, seed_dropout
 from llm.strategy.stored import Stored
+from llm.strategy.whole import Whole
 
 
-class DDP(Hooked, Attentive, Stored, DDPStrategy):
+class DDP(Hooked, Whole, Stored, DDPStrategy):
     """Distributed data parallel (Li et al. 2020, arXiv:2006.15704): gradients are averaged, once a step.
 
     Args:
@@ -60,30 +58,10 @@ class DDP(Hooked, Attentive, Stored, DDPStrategy):
         join_process_group(place(), self.root_device, self.timeout_s)
 
     def setup(self, trainer: L.Trainer) -> None:
-        network = network_of(self.lightning_module)
-        compile = resolve(self.compile, network, self.root_device)
-        n_data = self.n_data_processes(self.world_size)
-        compiled = compile != "none"
-        self.choose_attention(trainer, network, dtype_of(trainer.precision), n_data, compiled=compiled)
-        apply(
-            network,
-            float8=self.float8,
-            checkpointing=self.checkpointing,
-            compile=compile,
-            vocabulary_multiple=vocabulary_multiple(self.root_device),
-        )
-        if compiled:
-            compile_loss(self.lightning_module)
+        self.prepare_network(trainer, n_data_processes=self.n_data_processes(self.world_size))
         super().setup(trainer)
         seed_dropout(self.global_rank)
 
     def n_data_processes(self, world_size: int) -> int:
         """How many processes have data of their own."""
         return world_size
-
-    def problems(
-        self, model: TransformerConfig, world_size: int, accelerator: str, precision: str, documents: bool
-    ) -> list[str]:
-        """One line for each reason why `world_size` processes cannot train `model`."""
-        found = attention.problems(self.attention, model, accelerator, precision, documents=documents)
-        return found + (float8.problems(model, accelerator) if self.float8 else [])

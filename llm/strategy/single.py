@@ -8,16 +8,15 @@ import lightning as L
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from llm.model import TransformerConfig
-from llm.strategy import attention, float8
 from llm.strategy.activation_checkpointing import Checkpointing
-from llm.strategy.apply import apply, network_of, vocabulary_multiple
-from llm.strategy.attention import AttentionKernel, Attentive, dtype_of
-from llm.strategy.compiling import Compile, compile_loss, resolve
+from llm.strategy.attention import AttentionKernel
+from llm.strategy.compiling import Compile
 from llm.strategy.hooks import Hooked
 from llm.strategy.stored import Stored
+from llm.strategy.whole import Whole
 
 
-class Single(Hooked, Attentive, Stored, SingleDeviceStrategy):
+class Single(Hooked, Whole, Stored, SingleDeviceStrategy):
     """One GPU or the CPU; checkpoints go through our store.
 
     Args:
@@ -45,19 +44,7 @@ class Single(Hooked, Attentive, Stored, SingleDeviceStrategy):
         self.float8 = float8
 
     def setup(self, trainer: L.Trainer) -> None:
-        network = network_of(self.lightning_module)
-        compile = resolve(self.compile, network, self.root_device)
-        compiled = compile != "none"
-        self.choose_attention(trainer, network, dtype_of(trainer.precision), n_data_processes=1, compiled=compiled)
-        apply(
-            network,
-            float8=self.float8,
-            checkpointing=self.checkpointing,
-            compile=compile,
-            vocabulary_multiple=vocabulary_multiple(self.root_device),
-        )
-        if compiled:
-            compile_loss(self.lightning_module)
+        self.prepare_network(trainer, n_data_processes=1)
         super().setup(trainer)
 
     def n_data_processes(self, world_size: int) -> int:
@@ -68,8 +55,7 @@ class Single(Hooked, Attentive, Stored, SingleDeviceStrategy):
         self, model: TransformerConfig, world_size: int, accelerator: str, precision: str, documents: bool
     ) -> list[str]:
         """One line for each reason why `world_size` processes cannot train `model`."""
-        found = attention.problems(self.attention, model, accelerator, precision, documents=documents)
-        found += float8.problems(model, accelerator) if self.float8 else []
+        found = super().problems(model, world_size, accelerator, precision, documents)
         if world_size == 1:
             return found
         return [
