@@ -45,8 +45,9 @@ class Ledger:
         """Add lines, without their chain; with `sync` they survive a power loss."""
         text = ""
         for line in lines:
-            self.chain = chained(self.chain, line)
-            text += json.dumps(line | {"chain": self.chain}) + "\n"
+            sorted_line = json.dumps(line, sort_keys=True)
+            self.chain = _seal(self.chain, sorted_line)
+            text += f'{sorted_line[:-1]}, "chain": "{self.chain}"}}\n'
         with open(self.path, "a") as file:
             file.write(text)
             if sync:
@@ -56,7 +57,11 @@ class Ledger:
 
 def chained(before: str, line: Line) -> str:
     """The chain after a line."""
-    return hashlib.sha256(f"{before} {json.dumps(line, sort_keys=True)}".encode()).hexdigest()[:16]
+    return _seal(before, json.dumps(line, sort_keys=True))
+
+
+def _seal(before: str, sorted_line: str) -> str:
+    return hashlib.sha256(f"{before} {sorted_line}".encode()).hexdigest()[:16]
 
 
 def packed(samples: Sequence[int]) -> str:

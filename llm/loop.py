@@ -26,6 +26,12 @@ class EpochLoop(_TrainingEpochLoop):
     whose parts profilers know by name.
     """
 
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps of the whole run: every callback asks, and Lightning looks first whether it counts itself."""
+        steps: int = self.manual_optimization.optim_step_progress.total.completed
+        return steps
+
     def advance(self, data_fetcher: Any) -> None:
         """Fetch a batch, train on it, tell all who listen."""
         trainer: Any = self.trainer
@@ -42,9 +48,10 @@ class EpochLoop(_TrainingEpochLoop):
         self._open_results(batch)
         strategy.hooks("on_train_batch_start", batch, index)
         progress.increment_started()
-        self.manual_optimization.on_run_start()
         strategy.training_step(batch, index)
-        self.manual_optimization.on_run_end()
+        steps = self.manual_optimization.optim_step_progress  # the optimizer has made one, whatever became of it
+        steps.increment_ready()
+        steps.increment_completed()
         progress.increment_processed()
         strategy.hooks("on_train_batch_end", {}, batch, index)
         if self._results:

@@ -58,6 +58,12 @@ def from_first(values: Tensor) -> Tensor:
     return values
 
 
+def to_device(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host as float64 [len(values)] on `device`. No host sync."""
+    tensor = torch.tensor(values, dtype=torch.float64)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def gather_objects(value: T) -> list[T]:
     """Plain data of all processes, in the order of their ranks; every process gets the list."""
     if world_size() == 1:
@@ -82,8 +88,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     No host sync.
 
     Gradients may be spread over processes, and not all of them in the same way: torch's own function stacks the norms
-    of all parameters, which is refused across meshes.
+    of all parameters, which is refused across meshes. In a process alone they are plain, on one device, and nothing has
+    to be sorted first.
     """
+    if not _distributed():
+        return _clip_plain([p.grad for p in parameters if p.grad is not None], max_norm)
     by_mesh: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
         gradient = parameter.grad
@@ -96,6 +105,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     if max_norm is not None:
         for group in by_mesh.values():
             nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def _clip_plain(gradients: list[Tensor], max_norm: float | None) -> Tensor:
+    """As torch.nn.utils.clip_grad_norm_, to the bit."""
+    if not gradients:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    if max_norm is not None:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
@@ -146,13 +165,14 @@ class Reading:
             self._event.record()
 
     def read(self) -> list[float]:
-        """The numbers."""
+        """The numbers, of a scalar one."""
         if self._event is not None:
             self._event.synchronize()
-        return self._values.tolist()
+        return self._values.numpy().ravel().tolist()
 
 
 Summand = Tensor | float
+Sum = tuple[Tensor, Summand]  # a sum, and of how many
 
 
 class Totals:

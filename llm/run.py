@@ -359,6 +359,7 @@ def _quiet() -> None:
         ".*your dataloader is not resumable.*",
         ".*Total length of `list` across ranks is zero.*",
         ".*is smaller than the logging interval.*",
+        ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*The dirpath has changed from.*",

@@ -51,6 +51,7 @@ def measure(session: Session) -> list[Row]:
         contestant(session, "stock Lightning", "stock", sys.executable, stock),
     ]
     if not session.smoke:  # what these do, other measures do, too
+        team.append(ours("ours, metrics in its file only", [*run, "logger=none"], n_steps, weights, steps=steps))
         team.append(ours("ours, no callbacks", run, n_steps, weights, steps=steps, every=False))
         team.append(ours("ours, reads its data", run, n_steps, weights))
     outcome = session.compete("loop", team, steps=STEPS)

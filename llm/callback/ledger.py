@@ -14,7 +14,7 @@ from torch import Tensor
 from llm import ledger
 from llm.data import TextData
 from llm.objective import Objective
-from llm.reduce import all_gather, all_sum
+from llm.reduce import Sum, all_gather, all_sum
 
 
 class Step(NamedTuple):
@@ -37,7 +37,7 @@ class Ledger(Callback):
     def __init__(self, every_n_steps: Annotated[int, Gt(0)] = 10) -> None:
         self.every_n_steps = every_n_steps
         # Ids of each micro-batch, and the loss's sum and count, of this process.
-        self._steps: list[tuple[Step, list[Tensor], tuple[Tensor, Tensor]]] = []
+        self._steps: list[tuple[Step, list[Tensor], Sum]] = []
         self._chain: str | None = None  # where the checkpoint that the run goes on from had got to
         self._ledger: ledger.Ledger | None = None
 
@@ -92,9 +92,8 @@ class Ledger(Callback):
             return
         mine = torch.cat([ids for _, samples, _ in self._steps for ids in samples]).view(len(self._steps), -1)
         samples = all_gather(mine).transpose(0, 1).flatten(1).tolist()  # [steps, processes x rows]
-        totals, counts = (
-            torch.stack(values).double() for values in zip(*(loss for *_, loss in self._steps), strict=True)
-        )
+        totals = torch.stack([total for *_, (total, _) in self._steps]).double()
+        counts = totals.new_tensor([float(count) for *_, (_, count) in self._steps])
         losses = all_sum(torch.stack((totals, counts), dim=1)).tolist()
         steps, self._steps = self._steps, []
         if self._ledger is None:

@@ -111,8 +111,12 @@ class Progress(ProgressBar):
         return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
     def _print(self, line: str) -> None:
-        if self._shown:
+        if not self._shown:
+            return
+        if self._console.is_terminal:
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        else:
+            print(line, flush=True)  # the same, without a console's detours
 
     def _close(self) -> None:
         if self._bar is not None:

@@ -26,7 +26,6 @@ class Record:
 
     def append(self, row: Row) -> None:
         """Add one row; a reader sees it whole."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a") as file:
             file.write(_line(row))
 

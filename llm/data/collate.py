@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -29,11 +29,12 @@ Batch = dict[str, Tensor]
 @dataclass
 class Step:
     """This process's share of one optimizer step: `index` counts steps from 0, `n_tokens` what is no padding, on both
-    sides of an encoder-decoder."""
+    sides of an encoder-decoder; of each micro-batch `counts` what is predicted, which the objective says."""
 
     index: int
     micro_batches: list[Batch]
     n_tokens: int
+    counts: list[dict[str, int]] = field(default_factory=list)
 
     def pin_memory(self) -> Step:
         """Called by the DataLoader, which knows dicts and lists but not this class."""

@@ -23,8 +23,8 @@ from llm.checkpoint import load_into
 from llm.guard import Guard, Stop
 from llm.metric import unigram_nats
 from llm.model import Transformer, TransformerConfig
-from llm.objective.loss import IGNORED, Loss, token_nats
-from llm.reduce import Reading, Totals, all_sum, clip_gradients, from_first, n_processes
+from llm.objective.loss import IGNORED, Loss, Reduction, of_rows, token_nats
+from llm.reduce import Reading, Sum, Totals, all_sum, clip_gradients, from_first, n_processes, to_device
 
 Batch = Mapping[str, Tensor]
 
@@ -54,6 +54,8 @@ class Step(Protocol):
     @property
     def n_tokens(self) -> int:
         """Real tokens, padding left out, on all sides."""
+
+    counts: list[dict[str, int]]  # of each micro-batch what `Objective.counts` says
 
 
 class Objective(L.LightningModule):
@@ -97,10 +99,11 @@ class Objective(L.LightningModule):
         self.logits_at_once = logits_at_once
         self.model: Transformer | None = None
         self.n_batches = 0  # batches consumed: where the data goes on after a restart
-        self.step_loss: tuple[Tensor, Tensor]  # sum and count of the last step, of this process
+        self.step_loss: Sum  # sum and count of the last step, of this process
         self.skipped: str | None = None  # why the last step made no update
         self.trouble: Exception | None = None  # what ends this fit, on all processes
         self._watched: tuple[int, Reading] | None = None  # a step that is still to be judged
+        self.task_names: list[str] = []  # that the data mixes, in the order in which a batch's `tasks` number them
         self.train_totals = Totals()
         self.val_totals = Totals()
         self.label_counts: Tensor | None = None  # int64 [V], of the labels validated so far
@@ -108,15 +111,15 @@ class Objective(L.LightningModule):
 
     # What a subclass says
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Name of each part of the loss -> how much of it this micro-batch predicts; from the labels alone."""
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """Name of each part of the loss -> how much of it this micro-batch predicts; from labels on the host."""
         raise AssertionError(f"{type(self).__name__} has to count what it predicts")
 
-    def losses(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Loss]:
-        """Name of each part of the loss -> its sum, count and weight over this micro-batch, of which `counts` are."""
+    def losses(self, batch: Batch) -> dict[str, Loss]:
+        """Name of each part of the loss -> its sum and weight over this micro-batch."""
         raise AssertionError(f"{type(self).__name__} has to say what its loss is")
 
-    def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, tuple[Tensor, Tensor]]:
+    def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, Sum]:
         """Name -> (sum, count) of what validation adds up beside the parts of the loss."""
         return {}
 
@@ -128,22 +131,29 @@ class Objective(L.LightningModule):
         """Name -> mean, of training or validation; what nothing was counted of is left out, apart from the loss."""
         return {name: total / max(count, 1.0) for name, (total, count) in totals.items() if count or name == "loss"}
 
-    def nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """-log p(label) of each position, 0 where nothing is predicted: hidden [N, D], labels [N] -> [N].
+    def token_loss(self, hidden: Tensor, labels: Tensor) -> Loss:
+        """Cross-entropy in nats of every position with a label: hidden [B, T, D], labels [B, T]."""
+        if self.by_row:
+            return of_rows(self.nats(hidden.flatten(0, 1), labels.flatten()), labels)
+        return Loss(self.nats(hidden.flatten(0, 1), labels.flatten(), "sum"))
+
+    def nats(self, hidden: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
+        """-log p(label) of each position, 0 where nothing is predicted, or their sum: hidden [N, D], labels [N].
 
         Scores are the largest tensors of a step: as wide as the vocabulary, and kept for the backward several times
         over. With `logits_at_once` there are only so many, and the backward computes them again.
         """
         if self.logits_at_once is None:
-            return self._nats(hidden, labels)
+            return self._nats(hidden, labels, reduction)
         parts = zip(hidden.split(self.logits_at_once), labels.split(self.logits_at_once), strict=True)
         # Nothing is drawn in there: the generators' state need not be kept.
-        return torch.cat(
-            [checkpoint(self._nats, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-        )
+        found = [
+            checkpoint(self._nats, *part, reduction, use_reentrant=False, preserve_rng_state=False) for part in parts
+        ]
+        return torch.cat(found) if reduction == "none" else torch.stack(found).sum()
 
-    def _nats(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        return token_nats(self.network.logits(hidden), labels)
+    def _nats(self, hidden: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
+        return token_nats(self.network.logits(hidden), labels, reduction)
 
     # Building
 
@@ -168,6 +178,11 @@ class Objective(L.LightningModule):
         assert self.model is not None, "the network is built in configure_model"
         return self.model
 
+    def setup(self, stage: str) -> None:
+        """Learn what the data is made of."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.task_names = list(getattr(data, "task_names", ()))
+
     def on_fit_start(self) -> None:
         """Start from other weights; Lightning restores a checkpoint after this hook, so resuming wins."""
         if self.init_from is not None:
@@ -179,6 +194,11 @@ class Objective(L.LightningModule):
             group.update(settings)
 
     # The step
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Count what is predicted while the labels are on the host, where that costs no kernels."""
+        batch.counts = [self.counts(micro_batch) for micro_batch in batch.micro_batches]
+        return batch
 
     def training_step(self, batch: Step, batch_index: int) -> None:
         """Forward and backward over every micro-batch, then clip, step and zero: no host sync on the way."""
@@ -196,27 +216,32 @@ class Objective(L.LightningModule):
         if self.skipped is not None:
             optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
         optimizer.step()
-        # At once, not before the next backward: the old gradients would live through the next forward.
-        optimizer.zero_grad(set_to_none=not getattr(self.trainer.strategy, "keeps_gradients", False))
+        self._drop_gradients(optimizer)
         if self.skipped is not None:
             return
         self.train_totals.add({**sums, "n_tokens": (batch.n_tokens, 1), "grad_norm": (norm, 1)})
 
-    def _gradient(self, batch: Step) -> dict[str, tuple[Tensor, Tensor]]:
+    def _gradient(self, batch: Step) -> dict[str, Sum]:
         """The gradient of the whole step; gives name -> (sum, count) of this process."""
-        counts = [self.counts(micro_batch) for micro_batch in batch.micro_batches]
-        share = global_share(counts)
-        sums: dict[str, tuple[Tensor, Tensor]] = {}
-        for number, (micro_batch, of_it) in enumerate(zip(batch.micro_batches, counts, strict=True), 1):
+        scale = global_scale(batch.counts, self.device)
+        sums: dict[str, Sum] = {}
+        for number, (micro_batch, counts) in enumerate(zip(batch.micro_batches, batch.counts, strict=True), 1):
             with self.gradient_sync(last=number == len(batch.micro_batches)):
-                parts = self.losses(micro_batch, of_it)
-                terms = [_weighed(part) / share[name] for name, part in parts.items() if part.weight]
-                self.manual_backward(terms[0] if len(terms) == 1 else torch.stack(terms).sum())
-            for name, (total, count) in self.sums(parts, micro_batch).items():
-                before = sums.get(name)
-                total = total.detach()
-                sums[name] = (total, count) if before is None else (before[0] + total, before[1] + count)
+                parts = self.losses(micro_batch)
+                loss, gradient = _start(parts, scale)
+                self.manual_backward(loss, gradient=gradient)
+            added = self.sums(parts, counts, micro_batch)
+            sums = added if number == 1 else {name: _plus(sums[name], more) for name, more in added.items()}
         return sums
+
+    def _drop_gradients(self, optimizer: LightningOptimizer) -> None:
+        """At once, not before the next backward: the old gradients would live through the next forward."""
+        if getattr(self.trainer.strategy, "keeps_gradients", False):
+            optimizer.zero_grad(set_to_none=False)
+            return
+        for group in optimizer.param_groups:  # the optimizer's own way opens a profiler's range each time
+            for parameter in group["params"]:
+                parameter.grad = None
 
     # The guard
 
@@ -224,8 +249,7 @@ class Objective(L.LightningModule):
         """A step without an update."""
         self.settle()
         self.skipped = "left out"
-        nothing = torch.zeros((), device=self.device)
-        self.step_loss = nothing, nothing
+        self.step_loss = torch.zeros((), device=self.device), 0
         optimizer.zero_grad(set_to_none=True)
         optimizer.step()
 
@@ -233,9 +257,11 @@ class Objective(L.LightningModule):
         """Judge this step if its update has to wait for that; else the one before, whose numbers have arrived by now:
         nobody waits for the device."""
         self.skipped = None
-        values = norm.unsqueeze(0)  # it says enough, and is that of all processes
+        values = norm  # it says enough, and is that of all processes
         if self.guard.sigma is not None:
-            values = torch.stack([norm.double(), *(value.double() for value in self.step_loss)])
+            total, count = self.step_loss
+            n = torch.full_like(total, float(count), dtype=torch.float64)
+            values = torch.stack([norm.double(), total.double(), n])
             all_sum(values[1:])
             values = from_first(values)
         if not self.guard.before_update:
@@ -268,25 +294,20 @@ class Objective(L.LightningModule):
         if self.trouble is not None:
             raise self.trouble
 
-    def sums(self, parts: dict[str, Loss], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+    def sums(self, parts: dict[str, Loss], counts: dict[str, int], batch: Batch) -> dict[str, Sum]:
         """Name -> (sum, count) of every part and, of several tasks in one run, of the loss of each: `loss/TASK`."""
-        sums = {name: (part.total, part.count) for name, part in parts.items()}
+        sums: dict[str, Sum] = {name: (part.total.detach(), counts[name]) for name, part in parts.items()}
         tasks, rows = self.task_names, parts["loss"].rows
         if len(tasks) < 2 or rows is None:
             return sums
         of_task = batch["tasks"].unsqueeze(1) == torch.arange(len(tasks), device=batch["tasks"].device)  # [B, tasks]
-        totals, counts = ((values.unsqueeze(1) * of_task).sum(0) for values in rows)
-        return {**sums, **{f"loss/{name}": (totals[i], counts[i]) for i, name in enumerate(tasks)}}
+        totals, n_predicted = ((values.unsqueeze(1) * of_task).sum(0) for values in rows)
+        return {**sums, **{f"loss/{name}": (totals[i], n_predicted[i]) for i, name in enumerate(tasks)}}
 
     @property
     def by_row(self) -> bool:
         """Whether somebody will ask for the loss of single rows: validation, and several tasks in one run."""
         return not self.training or len(self.task_names) > 1
-
-    @property
-    def task_names(self) -> list[str]:
-        """The tasks that the data mixes, in the order in which a batch's `tasks` number them."""
-        return list(getattr(getattr(self.trainer, "datamodule", None), "task_names", ()))
 
     def _optimizer(self) -> LightningOptimizer:
         """Wrapped: its `step` is what the trainer counts."""
@@ -315,9 +336,9 @@ class Objective(L.LightningModule):
 
     def validation_step(self, batch: Step, batch_index: int) -> None:
         """Add the sums of as many rows as a training step has; nothing is read back until the end."""
-        for micro_batch in batch.micro_batches:
-            parts = self.losses(micro_batch, self.counts(micro_batch))
-            self.val_totals.add({**self.sums(parts, micro_batch), **self.validation_sums(micro_batch, parts)})
+        for micro_batch, counts in zip(batch.micro_batches, batch.counts, strict=True):
+            parts = self.losses(micro_batch)
+            self.val_totals.add({**self.sums(parts, counts, micro_batch), **self.validation_sums(micro_batch, parts)})
             self._count_labels(micro_batch["labels"])
 
     def on_validation_epoch_end(self) -> None:
@@ -367,18 +388,32 @@ class Objective(L.LightningModule):
         loop._batches_that_stepped = state["n_steps"]
 
 
-def global_share(counts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Name -> the divisor of its sums: the count of the whole global step over the number of processes, from the
-    counts of this process's micro-batches.
+def global_scale(counts: list[dict[str, int]], device: torch.device) -> dict[str, Tensor | float]:
+    """Name -> what its sums are multiplied with: the number of processes over the count of the whole global step, from
+    the counts of this process's micro-batches; of several processes scalars on `device`. No host sync.
 
-    Strategies average gradients over processes, so sum / (count / n), averaged over n, is the mean over all tokens. A
-    part that nothing was predicted for has sum 0 and gets the divisor 1 / n: its loss is 0, not NaN.
+    Strategies average gradients over processes, so n · sum / count, averaged over n, is the mean over all tokens. A
+    part that nothing was predicted for has sum 0 and is divided by 1: its loss is 0, not NaN.
     """
-    totals = [sum(rest, start=first) for first, *rest in ([count[name] for count in counts] for name in counts[0])]
-    if n_processes() > 1:  # one message
-        totals = list(all_sum(torch.stack(totals)).unbind())
-    return {name: total.clamp(min=1) / n_processes() for name, total in zip(counts[0], totals, strict=True)}
+    totals = {name: sum([count[name] for count in counts]) for name in counts[0]}
+    n = n_processes()
+    if n == 1:
+        return {name: 1 / max(1, total) for name, total in totals.items()}
+    scale = n / all_sum(to_device(list(totals.values()), device)).clamp(min=1)  # one message
+    return dict(zip(totals, scale.unbind(), strict=True))
 
 
-def _weighed(part: Loss) -> Tensor:
-    return part.total if part.weight == 1.0 else part.weight * part.total
+def _plus(one: Sum, other: Sum) -> Sum:
+    return one[0] + other[0], one[1] + other[1]
+
+
+def _start(parts: dict[str, Loss], scale: dict[str, Tensor | float]) -> tuple[Tensor, Tensor]:
+    """Sums of the parts that are trained, [parts] or a scalar, and the gradient there, with which a backward starts:
+    dividing the sums first would take kernels on both ways."""
+    pairs = [(part.total, part.weight * scale[name]) for name, part in parts.items() if part.weight]
+    starts = [
+        start.to(total.dtype) if isinstance(start, Tensor) else torch.full_like(total, start) for total, start in pairs
+    ]
+    if len(pairs) == 1:
+        return pairs[0][0], starts[0]
+    return torch.stack([total for total, _ in pairs]), torch.stack(starts)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from llm.metric import bits_per_byte
 from llm.objective.base import Batch, Objective
-from llm.objective.loss import Loss, n_labels, summed
+from llm.objective.loss import Loss, n_labels
+from llm.reduce import Sum
 
 
 class CausalLM(Objective):
@@ -22,18 +21,17 @@ class CausalLM(Objective):
 
     family: ClassVar[str] = "decoder"
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """The predicted tokens."""
         return {"loss": n_labels(batch["labels"])}
 
-    def losses(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Loss]:
+    def losses(self, batch: Batch) -> dict[str, Loss]:
         """Cross-entropy in nats."""
         documents, positions = batch.get("documents"), batch.get("positions")
         hidden = self.network(batch["tokens"], documents=documents, positions=positions)  # [B, T, D]
-        nats = self.nats(hidden.flatten(0, 1), batch["labels"].flatten())
-        return {"loss": summed(nats, batch["labels"], counts["loss"], by_row=self.by_row)}
+        return {"loss": self.token_loss(hidden, batch["labels"])}
 
-    def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, tuple[Tensor, Tensor]]:
+    def validation_sums(self, batch: Batch, parts: dict[str, Loss]) -> dict[str, Sum]:
         """Nats and bytes of the text."""
         n_bytes, rows = batch.get("n_bytes"), parts["loss"].rows
         if n_bytes is None or rows is None:

@@ -33,16 +33,16 @@ class MaskedLM(Objective):
         for it."""
         for micro_batch in batch.micro_batches:
             micro_batch |= places(micro_batch["labels"])
-        return batch
+        return super().on_before_batch_transfer(batch, dataloader_idx)
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """The predicted tokens, and the pairs."""
         counts = {"loss": n_labels(batch["labels"])}
         if "pair_labels" in batch:
-            counts["next_sentence_loss"] = n_labels(batch["pair_labels"])
+            counts["next_sentence_loss"] = counts["next_sentence_accuracy"] = n_labels(batch["pair_labels"])
         return counts
 
-    def losses(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Loss]:
+    def losses(self, batch: Batch) -> dict[str, Loss]:
         """Cross-entropy in nats of tokens and of pairs."""
         hidden = self.network(
             batch["tokens"],
@@ -52,12 +52,12 @@ class MaskedLM(Objective):
         )  # [B, T, D]
         found = batch if "predicted_at" in batch else places(batch["labels"])
         at, labels = found["predicted_at"], found["predicted_labels"]  # [N]
-        nats = self.nats(hidden.flatten(0, 1)[at], labels)
-        rows = at // hidden.shape[1]
-        parts = {"loss": gathered(nats, labels, rows, len(hidden), counts["loss"], by_row=self.by_row)}
-        if "pair_labels" in batch:
-            parts |= self._pairs(hidden, batch, counts["next_sentence_loss"])
-        return parts
+        chosen = hidden.flatten(0, 1)[at]
+        if self.by_row:
+            loss = gathered(self.nats(chosen, labels), labels, at // hidden.shape[1], len(hidden))
+        else:
+            loss = Loss(self.nats(chosen, labels, "sum"))
+        return {"loss": loss, **(self._pairs(hidden, batch) if "pair_labels" in batch else {})}
 
     def means(self, totals: dict[str, tuple[float, float]]) -> dict[str, float]:
         """With the accuracy, of how many pairs it is: without that it has no confidence interval."""
@@ -66,16 +66,16 @@ class MaskedLM(Objective):
             means["next_sentence_pairs"] = totals["next_sentence_accuracy"][1]
         return means
 
-    def _pairs(self, hidden: Tensor, batch: Batch, count: Tensor) -> dict[str, Loss]:
+    def _pairs(self, hidden: Tensor, batch: Batch) -> dict[str, Loss]:
         """The loss of the pairs, and how often the likelier answer is right."""
         labels = batch["pair_labels"]  # [B, P]
         at = batch["cls_at"].clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
         logits = self.network.sentence_logits(hidden.gather(1, at))  # [B, P, 2]
-        nats = token_nats(logits.flatten(0, 1), labels.flatten())
+        nats = token_nats(logits.flatten(0, 1), labels.flatten(), "sum")
         n_right = (logits.detach().argmax(-1) == labels).sum()
         return {
-            "next_sentence_loss": Loss(nats.sum(), count),
-            "next_sentence_accuracy": Loss(n_right, count, weight=0.0),
+            "next_sentence_loss": Loss(nats),
+            "next_sentence_accuracy": Loss(n_right, weight=0.0),
         }
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
-
 from llm.model import Source
 from llm.objective.base import Batch, Objective
-from llm.objective.loss import Loss, n_labels, summed
+from llm.objective.loss import Loss, n_labels
 
 
 class Seq2Seq(Objective):
@@ -22,15 +20,14 @@ class Seq2Seq(Objective):
 
     family: ClassVar[str] = "encoder_decoder"
 
-    def counts(self, batch: Batch) -> dict[str, Tensor]:
+    def counts(self, batch: Batch) -> dict[str, int]:
         """The predicted tokens."""
         return {"loss": n_labels(batch["labels"])}
 
-    def losses(self, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Loss]:
+    def losses(self, batch: Batch) -> dict[str, Loss]:
         """Cross-entropy in nats."""
         source = Source(batch["source_tokens"], batch["source_documents"], batch["source_positions"])
         hidden = self.network(
             batch["tokens"], documents=batch["documents"], positions=batch["positions"], source=source
         )  # [B, T, D]
-        nats = self.nats(hidden.flatten(0, 1), batch["labels"].flatten())
-        return {"loss": summed(nats, batch["labels"], counts["loss"], by_row=self.by_row)}
+        return {"loss": self.token_loss(hidden, batch["labels"])}

@@ -80,7 +80,6 @@ class Hooked:
         self.hooks("on_before_backward", closure_loss)
         closure_loss.backward(*args, **kwargs)
         self.hooks("on_after_backward")
-        closure_loss = closure_loss.detach()
         self.post_backward(closure_loss)
         return closure_loss
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -29,7 +28,7 @@ def built(kind: type[Objective], tasks: tuple[str, ...] = (), **changes: Any) ->
     family = {"family": kind.family, "dim": 16, "n_layers": 1, "n_heads": 2, "max_length": 32, "vocab_size": V}
     objective = kind(TransformerConfig(**{**family, **changes}), None, lambda _: 1.0)  # type: ignore[arg-type]
     objective.configure_model()
-    objective._trainer = SimpleNamespace(datamodule=SimpleNamespace(task_names=list(tasks)))  # type: ignore[assignment]
+    objective.task_names = list(tasks)
     return objective
 
 
@@ -62,11 +61,10 @@ def naive(logits: torch.Tensor, labels: torch.Tensor) -> list[float]:
 
 def test_masked_lm_is_the_loss_of_all_logits() -> None:
     objective, batch = built(MaskedLM, n_segments=2), rows()
-    trained = objective.losses(batch, objective.counts(batch))["loss"]  # of one task nobody asks for rows in training
+    trained = objective.losses(batch)["loss"]  # of one task nobody asks for rows in training
     objective.eval()
-    part = objective.losses(batch, objective.counts(batch))["loss"]
+    part = objective.losses(batch)["loss"]
     assert trained.total.item() == pytest.approx(part.total.item(), rel=1e-6)
-    assert trained.count == part.count
     network = objective.network
     hidden = network(batch["tokens"], batch["documents"], batch["positions"], segments=batch["segments"])
     expected = naive(network.logits(hidden), batch["labels"])
@@ -74,13 +72,13 @@ def test_masked_lm_is_the_loss_of_all_logits() -> None:
     assert part.rows is not None
     assert part.rows[0].tolist() == pytest.approx(expected, abs=1e-4)
     assert part.rows[1].tolist() == (batch["labels"] != IGNORED).sum(1).tolist()
-    assert part.count == objective.counts(batch)["loss"] == (batch["labels"] != IGNORED).sum()
+    assert objective.counts(batch)["loss"] == (batch["labels"] != IGNORED).sum()
 
 
 def test_masked_lm_has_the_gradients_of_all_logits() -> None:
     objective, batch = built(MaskedLM), rows()
     network = objective.network
-    objective.losses(batch, objective.counts(batch))["loss"].total.backward()
+    objective.losses(batch)["loss"].total.backward()
     found = [weight.grad.clone() for weight in network.parameters() if weight.grad is not None]
     network.zero_grad()
     hidden = network(batch["tokens"], batch["documents"], batch["positions"])
@@ -102,18 +100,19 @@ def test_places_hold_every_predicted_one_and_come_in_few_shapes(n: int) -> None:
 
 def test_places_are_found_before_the_batch_travels() -> None:
     objective, batch = built(MaskedLM), rows()
-    without = objective.losses(dict(batch), objective.counts(batch))["loss"]
+    without = objective.losses(dict(batch))["loss"]
     step = objective.on_before_batch_transfer(Step(0, [batch], 0), 0)
+    assert step.counts == [{"loss": int((batch["labels"] != IGNORED).sum())}]
     assert "predicted_at" in step.micro_batches[0]
-    assert torch.equal(objective.losses(step.micro_batches[0], objective.counts(batch))["loss"].total, without.total)
+    assert torch.equal(objective.losses(step.micro_batches[0])["loss"].total, without.total)
 
 
 def test_nothing_predicted_gives_zero_and_gradients_of_zero() -> None:
     objective, batch = built(MaskedLM), rows()
     batch["labels"] = torch.full_like(batch["labels"], IGNORED)
-    part = objective.losses(batch, objective.counts(batch))["loss"]
+    part = objective.losses(batch)["loss"]
     part.total.backward()
-    assert (part.total.item(), part.count.item()) == (0.0, 0)
+    assert (part.total.item(), objective.counts(batch)) == (0.0, {"loss": 0})
     assert all(w.grad is not None and not w.grad.any() for w in objective.network.blocks[0].parameters())
 
 
@@ -121,7 +120,7 @@ def test_pairs_are_judged_by_their_first_token() -> None:
     objective, batch = built(MaskedLM, next_sentence=True, n_segments=2), rows()
     batch["cls_at"] = torch.tensor([[0, 5], [0, 5], [0, 0]])
     batch["pair_labels"] = torch.tensor([[0, 1], [1, 1], [0, IGNORED]])
-    parts = objective.losses(batch, objective.counts(batch))
+    parts = objective.losses(batch)
     network = objective.network
     hidden = network(batch["tokens"], batch["documents"], batch["positions"], segments=batch["segments"])
     nats, n_right = 0.0, 0
@@ -130,21 +129,22 @@ def test_pairs_are_judged_by_their_first_token() -> None:
         nats -= scores.log_softmax(-1)[label].item()
         n_right += int(scores.argmax() == label)
     assert parts["next_sentence_loss"].total.item() == pytest.approx(nats, abs=1e-5)
-    assert parts["next_sentence_loss"].count == objective.counts(batch)["next_sentence_loss"] == 5
+    counts = objective.counts(batch)
+    assert counts["next_sentence_loss"] == counts["next_sentence_accuracy"] == 5
     accuracy = parts["next_sentence_accuracy"]
-    assert (accuracy.total.item(), accuracy.count.item(), accuracy.weight) == (n_right, 5, 0.0)
-    sums = {name: (total.item(), count.item()) for name, (total, count) in objective.sums(parts, batch).items()}
+    assert (accuracy.total.item(), accuracy.weight) == (n_right, 0.0)
+    sums = {name: (total.item(), count) for name, (total, count) in objective.sums(parts, counts, batch).items()}
     means = objective.means(sums)
     assert means["next_sentence_accuracy"] == n_right / 5
     assert means["next_sentence_pairs"] == 5
-    assert set(objective.counts(batch)) == {name for name, part in parts.items() if part.weight}
+    assert set(counts) == set(parts)
 
 
 def test_seq2seq_is_teacher_forcing() -> None:
     objective, batch = built(Seq2Seq), rows()
     source = rows(14)
     batch |= {f"source_{name}": source[name] for name in ("tokens", "documents", "positions")}
-    part = objective.losses(batch, objective.counts(batch))["loss"]
+    part = objective.losses(batch)["loss"]
     network = objective.network
     read = Source(source["tokens"], source["documents"], source["positions"])
     hidden = network(batch["tokens"], batch["documents"], batch["positions"], source=read)
@@ -161,25 +161,25 @@ def test_seq2seq_is_teacher_forcing() -> None:
 
 def test_each_of_several_tasks_has_a_curve() -> None:
     objective, batch = built(MaskedLM, ("light", "heavy", "absent")), rows()
-    parts = objective.losses(batch, objective.counts(batch))
-    sums = objective.sums(parts, batch)
+    parts = objective.losses(batch)
+    sums = objective.sums(parts, objective.counts(batch), batch)
     totals, counts = parts["loss"].rows  # type: ignore[misc]
     assert list(sums) == ["loss", "loss/light", "loss/heavy", "loss/absent"]
     assert sums["loss/light"][0] == totals[0]
     assert sums["loss/heavy"][0] == totals[1] + totals[2]
     assert [int(sums[f"loss/{name}"][1]) for name in ("light", "heavy", "absent")] == [counts[0], sum(counts[1:]), 0]
-    means = objective.means({name: (total.item(), count.item()) for name, (total, count) in sums.items()})
+    means = objective.means({name: (float(total), float(count)) for name, (total, count) in sums.items()})
     assert set(means) == {"loss", "loss/light", "loss/heavy"}  # nothing seen is not a loss of 0
-    assert list(built(MaskedLM, ("one",)).sums(parts, batch)) == ["loss"]
+    assert list(built(MaskedLM, ("one",)).sums(parts, objective.counts(batch), batch)) == ["loss"]
 
 
 def test_bits_per_byte_are_of_rows_that_are_text() -> None:
     objective, batch = built(CausalLM), rows()
     objective.eval()  # as in validation: rows are told apart
     batch["n_bytes"] = torch.tensor([7, 0, 0])
-    parts = objective.losses(batch, objective.counts(batch))
-    sums = {**objective.sums(parts, batch), **objective.validation_sums(batch, parts)}
-    plain = {name: (total.item(), count.item()) for name, (total, count) in sums.items()}
+    parts = objective.losses(batch)
+    sums = {**objective.sums(parts, objective.counts(batch), batch), **objective.validation_sums(batch, parts)}
+    plain = {name: (float(total), float(count)) for name, (total, count) in sums.items()}
     metrics = objective.validation_metrics(plain)
     nats = parts["loss"].rows[0][0].item()  # type: ignore[index]
     assert metrics["val/bits_per_byte"] == pytest.approx(nats / 7 / 0.6931472, rel=1e-5)

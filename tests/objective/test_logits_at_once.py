@@ -45,7 +45,9 @@ def gradients(compose_run: Compose, at_once: int | str, n_positions: int = 1000)
     with Largest() as largest:
         nats = objective.nats(hidden, labels)
         nats.sum().backward()
+        total = objective.nats(hidden, labels, "sum")
     assert not nats[::3].any()
+    assert total.item() == pytest.approx(nats.sum().item(), rel=1e-5)
     assert hidden.grad is not None
     return nats.detach(), [hidden.grad, objective.network.head.weight.grad], largest.n
 

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llm.build import build
 from llm.callback.record import Record
 from llm.model import Transformer
-from llm.objective.base import global_share
-from llm.objective.loss import n_labels, summed, token_nats
+from llm.objective.base import global_scale
+from llm.objective.loss import n_labels, token_nats
 from llm.run import run
 from tests.runs import Compose, saved
 
@@ -127,9 +127,10 @@ def test_step_is_the_plain_formula(compose_run: Compose) -> None:
 def test_a_part_without_labels_has_loss_zero_and_no_nan() -> None:
     logits = torch.randn(1, 4, 7, requires_grad=True)
     labels = torch.full((1, 4), -100)
-    part = summed(token_nats(logits[0], labels[0]), labels, n_labels(labels))
-    assert (part.total.item(), part.count.item()) == (0.0, 0)
-    (part.total / global_share([{"loss": part.count}])["loss"]).backward()
+    total = token_nats(logits[0], labels[0], "sum")
+    scale = global_scale([{"loss": n_labels(labels)}], labels.device)["loss"]
+    assert (total.item(), scale) == (0.0, 1.0)
+    (total * scale).backward()
     assert not logits.grad.isnan().any()  # type: ignore[union-attr]
 
 
