@@ -168,7 +168,7 @@ class Reading:
         """The numbers, of a scalar one."""
         if self._event is not None:
             self._event.synchronize()
-        return self._values.numpy().ravel().tolist()
+        return self._values.view(-1).tolist()
 
 
 Summand = Tensor | float

@@ -1,4 +1,4 @@
-"""The project itself: python train.py, as a user starts it, with all default callbacks and loggers.
+"""The project itself: python train.py, as a user starts it, with all default callbacks.
 
 Two things are added: a callback that reports, and, where a contest is about the loop alone or about batches that the
 project's data does not make, a data module that reads prepared steps.
@@ -78,6 +78,7 @@ def ours(
     *,
     steps: Path | None = None,
     every: bool = True,
+    loggers: bool = False,
     **options: Any,
 ) -> Contestant:
     """Contestant `name`: train.py with `overrides`, for `n_steps` at most.
@@ -85,7 +86,8 @@ def ours(
     Args:
         weights: what `material.save_weights` wrote.
         steps: prepared ones to train on; None: those of its own data.
-        every: all default callbacks and loggers; False: neither, for what the loop alone takes.
+        every: all default callbacks; False: none, for what the loop alone takes.
+        loggers: W&B and TensorBoard too; without them a run's metrics are in its own files, as those of others are.
     """
     reporting = ["packages=[benchmarks]", "+callback.turn={_target_: benchmarks.contestants.ours.TakeTurns}"]
     # Whoever waits for its turn is not hung; checkpoints and samples are no part of what is compared.
@@ -93,7 +95,8 @@ def ours(
     apart += ["callback.sample.prompts=[]"]
     settings = [
         *overrides,
-        *(apart if every else ["callback=none", "logger=none"]),
+        *(apart if every else ["callback=none"]),
+        *([] if loggers else ["logger=none"]),
         *([] if steps is None else ["data._target_=benchmarks.contestants.ours.Prepared"]),
         *([] if weights is None else [f"init_from={weights / 'step-0'}"]),
         *reporting,

@@ -2,9 +2,10 @@
 
 Every contestant trains the same small model on the same batches, which lie in memory; the model's own work cancels out.
 A step includes taking the batch, forward, backward, clipping, AdamW, and five metrics (loss, tokens, norm of the
-gradient, learning rate, tokens per second) that are added up in every step and written every ten. Ours is train.py
-with all default callbacks and loggers; `no callbacks` is its loop alone, so that the difference is what they take; and
-`reads its data` takes its batches from token files, through order, packing and collating, which the others do not.
+gradient, learning rate, tokens per second) that are added up in every step and written to a file every ten. Ours is
+train.py with all default callbacks, the ledger and the watchdog among them; `with W&B and TensorBoard` has the default
+loggers too, `no callbacks` is its loop alone, so that the difference is what they take; and `reads its data` takes its
+batches from token files, through order, packing and collating, which the others do not.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def measure(session: Session) -> list[Row]:
         contestant(session, "stock Lightning", "stock", sys.executable, stock),
     ]
     if not session.smoke:  # what these do, other measures do, too
-        team.append(ours("ours, metrics in its file only", [*run, "logger=none"], n_steps, weights, steps=steps))
+        team.append(ours("ours, with W&B and TensorBoard", run, n_steps, weights, steps=steps, loggers=True))
         team.append(ours("ours, no callbacks", run, n_steps, weights, steps=steps, every=False))
         team.append(ours("ours, reads its data", run, n_steps, weights))
     outcome = session.compete("loop", team, steps=STEPS)

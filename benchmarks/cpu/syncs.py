@@ -66,7 +66,7 @@ def _counts(session: Session, family: str, text: str) -> dict[int, int]:
         *FAMILIES[family],
         "+callback.syncs={_target_: benchmarks.contestants.syncs.CountSyncs}",
     ]
-    command = ours(family, run, N_STEPS, None).command
+    command = ours(family, run, N_STEPS, None, loggers=True).command
     command = [word for word in command if not word.startswith("+callback.turn=")]
     folder = session.folder / family
     folder.mkdir(parents=True, exist_ok=True)

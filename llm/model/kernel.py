@@ -16,6 +16,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Mask, dropout: float
 
     Query [B, H, T, K], key and value [B, G, S, K], where H / G heads share one -> [B, H, T, K].
     """
+    if query.device.type == "cpu" and query.dtype is torch.bfloat16:
+        # Of torch 2.13's kernel for CPUs the backward takes three times as long in bfloat16 as in float32: 12.8 and 4.1
+        # ms for 8 x 6 heads of 128 x 32; the forward 2.3 and 1.9.
+        with torch.autocast("cpu", enabled=False):
+            return attend(query.float(), key.float(), value.float(), mask, dropout, scale).bfloat16()
     if mask.blocks is not None:
         assert dropout == 0.0, "flex_attention knows no dropout: such a model takes dense masks"
         return _by_block(query, key, value, mask.blocks, scale)
