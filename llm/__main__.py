@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from llm.model import Transformer
+    from llm.tokenizer import Tokenizer
+
 CONF = Path(__file__).parents[1] / "conf"
 
 
@@ -46,7 +49,8 @@ def prepare(arguments: Sequence[str]) -> None:
 
 
 def generate(arguments: Sequence[str]) -> None:
-    """Complete prompts with the model of a run: continue them, or fill their [MASK] or <extra_id_0>, <extra_id_1> …"""
+    """Complete prompts with the model of a run: continue them, or fill their [MASK] or <extra_id_0>, <extra_id_1> …, or
+    say which label they have."""
     parser = _Parser("python -m llm generate", description=generate.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
     parser.add_argument("--prompt", action="append", help="text to complete; may be given several times")
@@ -59,23 +63,78 @@ def generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--n-beams", type=int, default=1, help="more than 1 search for the likeliest text")
     parser.add_argument("--alpha", type=float, default=0.6, help="with beams, how much longer texts are favoured")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--adapter", metavar="RUN", help="run with adapter=lora that began with this one's weights")
     options = parser.parse_args(list(arguments))
     import torch
 
-    from llm.checkpoint import load
+    from llm.checkpoint import load, put_on
     from llm.config import ConfigError
     from llm.generate import complete
 
     model, tokenizer = load(options.run)
+    if options.adapter is not None:
+        put_on(model, options.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(options.seed)
     settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "n_beams", "alpha")}
     prompts = options.prompt or [""]
+    if model.config.n_labels is not None:
+        print("\n".join(_labelled(model.to(device), tokenizer, options.run, prompts)))
+        return
     try:
         texts = complete(model.to(device), tokenizer, prompts, options.max_new_tokens, generator=generator, **settings)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     print("\n".join(texts))
+
+
+def _labelled(model: Transformer, tokenizer: Tokenizer, run: str, prompts: list[str]) -> list[str]:
+    """A line for each text: its likeliest labels."""
+    from llm.checkpoint import find, labels_of
+    from llm.config import ConfigError
+    from llm.data.labelling import enclosed
+    from llm.generate.classify import label_scores
+
+    names, _ = labels_of(find(run))
+    if model.config.label_of != "text":
+        raise ConfigError([f"{run}: labels no whole texts - python -m llm evaluate {run} answers rows of data"])
+    room = model.config.max_length - 2
+    shown = [enclosed([ids[:room]], tokenizer) for ids in tokenizer.encode_batch(prompts)]
+    lines = []
+    for scores in label_scores(model, shown, tokenizer.pad_id):
+        shares, labels = scores[0].softmax(-1).topk(min(5, scores.shape[-1]))
+        pairs = zip(shares.tolist(), labels.tolist(), strict=True)
+        lines.append("  ".join(f"{names[label] if names else label} {share:.1%}" for share, label in pairs))
+    return lines
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Score a run on the held-out rows of its data by its task's metrics (docs/evaluation.md)."""
+    parser = _Parser("python -m llm evaluate", description=evaluate.__doc__)
+    parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
+    parser.add_argument(
+        "--metric", action="append", default=[], help="instead of the task's; may be given several times"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--n-beams", type=int, default=1, help="more than 1 search for the likeliest text")
+    parser.add_argument("--alpha", type=float, default=0.6, help="with beams, how much longer texts are favoured")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument(
+        "--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N drawings of the rows"
+    )
+    parser.add_argument("--limit", type=int, help="so many rows at most")
+    parser.add_argument("--out", type=Path, help="where predictions go (default RUN/predictions.jsonl)")
+    options, overrides = parser.parse_known_args(list(arguments))
+    from llm.evaluate import Decoding, table
+    from llm.evaluate import evaluate as scored
+
+    names = ("max_new_tokens", "batch_size", "n_beams", "alpha", "temperature")
+    decoding = Decoding(**{name: getattr(options, name) for name in names})
+    found = scored(options.run, overrides, options.metric, decoding, n_bootstrap=options.bootstrap, limit=options.limit)
+    out = options.out or Path(options.run) / "predictions.jsonl"
+    found.write(out)
+    print(f"{table(found)}\n{out}: every prediction; {out.with_suffix('.scores.json').name}: the scores")
 
 
 def import_weights(arguments: Sequence[str]) -> None:
@@ -98,11 +157,25 @@ def export_weights(arguments: Sequence[str]) -> None:
     parser = _Parser("python -m llm export", description=export_weights.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
     parser.add_argument("out", metavar="OUT", help="folder to make")
+    parser.add_argument("--adapter", action="store_true", help="of a run with adapter=lora the adapter alone, for peft")
     options = parser.parse_args(list(arguments))
-    from llm.checkpoint import export_folder
+    from llm.checkpoint import export_folder, write_peft
 
-    export_folder(options.run, options.out)
+    (write_peft if options.adapter else export_folder)(options.run, options.out)
     print(f"{options.out}: written")
+
+
+def average_weights(arguments: Sequence[str]) -> None:
+    """Make a checkpoint of the mean of a run's last checkpoints, which is often better than the last one."""
+    parser = _Parser("python -m llm average", description=average_weights.__doc__)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("out", metavar="OUT", help="directory to make, for generate, evaluate, init_from= and export")
+    parser.add_argument("--last", type=int, default=5, metavar="N", help="of so many checkpoints (default 5)")
+    options = parser.parse_args(list(arguments))
+    from llm.checkpoint import average
+
+    taken = average(options.run, options.out, options.last)
+    print(f"{options.out}: the mean of {', '.join(step.name for step in taken)}")
 
 
 def audit(arguments: Sequence[str]) -> None:
@@ -155,8 +228,10 @@ def verify(arguments: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare": prepare,
     "generate": generate,
+    "evaluate": evaluate,
     "import": import_weights,
     "export": export_weights,
+    "average": average_weights,
     "audit": audit,
     "verify": verify,
 }

@@ -35,17 +35,17 @@ class Strategy(Protocol):
 
 
 def agree(
-    cfg: DictConfig, model: TransformerConfig, data: TextData, strategy: Strategy, here: Place, family: str | None
+    cfg: DictConfig, model: TransformerConfig, data: TextData, strategy: Strategy, here: Place, objective: type
 ) -> None:
     """Compare the groups with each other, with this machine and with the processes that were started.
 
-    `family` is that of the models which the objective trains; None: any.
+    Of the `objective` the class is looked at: which family of models it trains, and what it predicts.
 
     Raises:
         ConfigError: with one line for each rule that does not hold.
         CheckpointError: if `init_from` names no checkpoint.
     """
-    mistakes = [*_vocabulary_and_length(model, data), *_family(model, data, family), *_devices(cfg)]
+    mistakes = [*_vocabulary_and_length(model, data), *_family(model, data, objective), *_devices(cfg)]
     world_size = _n_devices(cfg) * cfg.trainer.num_nodes
     problems = strategy.problems(
         model, world_size, cfg.trainer.accelerator, cfg.trainer.precision, data.tells_documents
@@ -65,6 +65,7 @@ def agree(
         )
     if cfg.stage == "validate" and cfg.resume == "never":
         mistakes.append("resume: never - stage=validate needs weights - set resume to a run or step directory")
+    mistakes += _adapter(cfg)
     if mistakes:
         raise ConfigError(mistakes)
     if cfg.init_from is not None:
@@ -165,9 +166,10 @@ def _vocabulary_and_length(model: TransformerConfig, data: TextData) -> list[str
     return mistakes
 
 
-def _family(model: TransformerConfig, data: TextData, trained: str | None) -> list[str]:
+def _family(model: TransformerConfig, data: TextData, objective: type) -> list[str]:
     """Whether rows of the data are what the model reads and the objective trains, and all of the model is trained."""
-    mistakes = []
+    trained = getattr(objective, "family", None)
+    mistakes = _answers(model, data, getattr(objective, "answers", "vocabulary"))
     if trained not in (None, model.family):
         mistakes.append(
             f"objective: trains a model.family={trained} - the model has {model.family} - take another objective= or "
@@ -184,6 +186,50 @@ def _family(model: TransformerConfig, data: TextData, trained: str | None) -> li
             f"(next_sentence of masked_lm) - set both or none"
         )
     return mistakes
+
+
+def _adapter(cfg: DictConfig) -> list[str]:
+    """Whether there is something to adapt, and nothing else replaces the same layers."""
+    if cfg.adapter is None:
+        return []
+    mistakes = []
+    if cfg.init_from is None and cfg.resume not in ("must",):
+        mistakes.append("adapter: changes weights that are there - init_from is null - set it to a folder or a run")
+    if cfg.strategy.get("float8"):
+        mistakes.append(
+            "adapter: beside strategy.float8 - both replace linear layers - set one of them to null or false"
+        )
+    if cfg.strategy.get("tensor_parallel_size", 1) > 1:
+        mistakes.append("adapter: beside strategy.tensor_parallel_size - its layers cannot be split yet - set it to 1")
+    return mistakes
+
+
+def _answers(model: TransformerConfig, data: TextData, chosen: str) -> list[str]:
+    """Whether all three choose from the same: the vocabulary, or as many labels."""
+    tasks = ", ".join(data.task_names)
+    if chosen != data.answers:
+        return [
+            f"objective: chooses {_CHOSEN[chosen]} - data.tasks ({tasks}) want {_CHOSEN[data.answers]} - "
+            f"take objective={_OBJECTIVES[data.answers]}, or another data/tasks="
+        ]
+    if model.n_labels != data.n_labels:
+        return [
+            f"model.n_labels: {model.n_labels} - data.tasks ({tasks}) have {data.n_labels or 'no labels'} - "
+            "set it to null, which takes theirs"
+        ]
+    return []
+
+
+# What answers are made of, and who makes them.
+_CHOSEN = {"vocabulary": "tokens", "label": "a label", "tags": "a label for each word", "span": "a part of a text"}
+_CHOSEN["preference"] = "one of two texts"
+_OBJECTIVES = {
+    "vocabulary": "causal_lm, masked_lm or seq2seq",
+    "label": "classification",
+    "tags": "token_classification",
+    "span": "span_extraction",
+    "preference": "preference",
+}
 
 
 def _n_devices(cfg: DictConfig) -> int:

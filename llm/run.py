@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import yaml
 from hydra.utils import get_class
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,14 +24,24 @@ from llm import signals
 from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, vocab_size
 from llm.build import build, built
 from llm.callback import Preempt
-from llm.checkpoint import find, newest_verified, oldest_verified, read_state, remove_after, set_aside_damaged, sweep
+from llm.checkpoint import (
+    configuration_at,
+    find,
+    newest_verified,
+    oldest_verified,
+    read_state,
+    remove_after,
+    set_aside_damaged,
+    sweep,
+)
 from llm.config import ConfigError, check, wandb_offline
 from llm.data import TextData
 from llm.exit import RunExistsError, as_rank, finished, guarded, recorded, write_end
 from llm.guard import DivergedError, RollBackError, Window
 from llm.launch import place
 from llm.lock import Lock
-from llm.machine import multiplies_bfloat16
+from llm.machine import accelerator, keep_freed_memory, precision
+from llm.model import Pretrained, node_of
 from llm.signals import PreemptedError
 from llm.strategy import Rendezvous, Stored, first_to_fail, leave, meet, see_off
 
@@ -64,16 +73,24 @@ def run(cfg: DictConfig) -> Outcome:
     check(cfg)
     cfg = cfg.copy()
     _quiet()
-    cfg.trainer.accelerator = _accelerator(cfg.trainer.accelerator)
-    cfg.trainer.precision = _precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    cfg.trainer.accelerator = accelerator(cfg.trainer.accelerator)
+    cfg.trainer.precision = precision(cfg.trainer.precision, cfg.trainer.accelerator)
+    if cfg.trainer.accelerator == "cpu":
+        keep_freed_memory()
     together = meet()
     signals.raise_at_once()
     here = together.here
     as_rank(here.rank, here.world_size, watched=here.launcher == "launch")
     data: TextData = built(cfg.data)
+    model = built(cfg.model)
+    if isinstance(model, Pretrained):
+        cfg.model = _model_of_weights(model, cfg.init_from, data)
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
-    family = getattr(get_class(cfg.objective._target_), "family", None)
-    agree(cfg, built(cfg.model), data, built(cfg.strategy), together.here, family)
+    if cfg.model.get("n_labels") is None and data.n_labels is not None:
+        OmegaConf.update(cfg, "model.n_labels", data.n_labels, force_add=True)
+        OmegaConf.update(cfg, "model.label_of", "text" if data.answers == "label" else "token", force_add=True)
+    objective = get_class(cfg.objective._target_)
+    agree(cfg, built(cfg.model), data, built(cfg.strategy), together.here, objective)
     agree_with_first(cfg, together.share("config", lambda: OmegaConf.to_container(cfg, resolve=True)))
     try:
         outcome = _validate(cfg, data, together) if cfg.stage == "validate" else _fit(cfg, data, together)
@@ -127,6 +144,21 @@ def claim(run_dir: Path, resume: str, lock: Lock) -> str | None:
     if checkpoint is None and resume not in ("auto", "must", "never"):
         checkpoint = find(resume)
     return None if checkpoint is None else str(checkpoint)
+
+
+def _model_of_weights(model: Pretrained, init_from: str | None, data: TextData) -> dict[str, Any]:
+    """The node of the model whose weights `init_from` names."""
+    if init_from is None:
+        raise ConfigError(["model: pretrained - is that of the weights to start from - set init_from=FOLDER or RUN"])
+    weights = configuration_at(init_from)
+    if weights is None:
+        raise ConfigError(
+            [
+                f"model: pretrained - {init_from} does not say its model - python -m llm import {init_from} OUT, then "
+                "init_from=OUT"
+            ]
+        )
+    return node_of(model.of(weights, data.n_labels))
 
 
 def _set_length(cfg: DictConfig, data: TextData) -> None:
@@ -310,19 +342,6 @@ def _write_inputs(cfg: DictConfig, run_dir: Path, data: TextData) -> list[Path]:
     os.replace(temporary, run_dir / "config.yaml")
     data.tokenizer.save(run_dir / "tokenizer")
     return [run_dir / "config.yaml", run_dir / "tokenizer"]
-
-
-def _accelerator(wanted: str) -> str:
-    """What auto means: a GPU where torch drives one, else the CPU."""
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-def _precision(wanted: str, accelerator: str) -> str:
-    """What auto means. A CPU without instructions for bfloat16, as most have none, takes it for its parts: a product of
-    two matrices took a hundred times as long as in float32 on one with AVX2."""
-    if wanted != "auto":
-        return wanted
-    return "32-true" if accelerator == "cpu" and not multiplies_bfloat16(torch.device("cpu")) else "bf16-mixed"
 
 
 def speak() -> None:

@@ -3,8 +3,10 @@ device."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from llm.config import ConfigError, check, check_overrides, register
 from llm.model import Transformer
 from llm.run import run
-from llm.tokenizer import Bytes
+from llm.tokenizer import Bytes, WordPiece
 from tests.runs import Compose
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -31,6 +33,31 @@ REAL_SIZE = {"gpt2_124m", "llama_1b", "bert_base", "t5_base"}
 FAMILY = {
     "masked_lm": ["model=tiny_encoder", "data/tasks=masked_lm", "tokenizer=wordpiece", "tokenizer.vocab_size=300"],
     "seq2seq": ["model=tiny_encoder_decoder", "data/tasks=span_denoising", "tokenizer=unigram"],
+}
+# Objectives that need rows with answers: tests/test_evaluate.py trains each of them.
+SUPERVISED = {"classification", "token_classification", "span_extraction", "preference", "lora"}
+# Of each experiment in fine-tuning: rows as its own data set has them, and a model in the place of the pretrained one.
+FINE_TUNING: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "translate_multi30k": ({"en": "a dog", "de": "ein Hund"}, ["model.n_layers=1", "tokenizer.vocab_size=130"]),
+    "summarise_scitldr": (
+        {"source": "a long text", "target": "short"},
+        ["model=tiny_encoder_decoder", "data.target_length=32"],
+    ),
+    "chat_sft": (
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
+        ["model=tiny_decoder"],
+    ),
+    "classify_banking77": ({"text": "where is my card", "label_text": "card_arrival"}, ["model=tiny_encoder"]),
+    "classify_pairs": ({"sentence1": "a dog", "sentence2": "dogs", "label": 1}, ["model=tiny_encoder"]),
+    "dpo": ({"prompt": "hi", "chosen": "yes", "rejected": "no"}, ["model=tiny_decoder", "init_from=BASE"]),
+    "lora_smollm2": (
+        {"question": "one and one", "answer": "two"},
+        ["model=tiny_decoder", "adapter.layers=[query,up]", "init_from=BASE"],
+    ),
+    "qa_squad": (
+        {"question": "who", "context": "a dog runs", "answers": {"text": ["dog"], "answer_start": [2]}},
+        ["model=tiny_encoder"],
+    ),
 }
 
 
@@ -51,6 +78,8 @@ def needs(choice: str, corpus: Path, tokenizer_folder: Path) -> list[str]:
         "mixture": [f"data.sources.files.path={corpus}"],
         "pretrained": [f"tokenizer.path={tokenizer_folder}"],
         "llama_1b": [f"tokenizer.path={tokenizer_folder}"],
+        "lines": [f"data.sources.lines.paths={{text:{corpus}}}"],
+        "classification": ["data.tasks.classification.labels=[a,b]"],
     }.get(choice, [])
 
 
@@ -61,7 +90,27 @@ def on_meta(cfg: DictConfig) -> Transformer:
         return Transformer(config)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", FINE_TUNING)
+def test_fine_tuning(name: str, compose_run: Compose, corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
+    """On local rows of the same columns, with a small model in the place of the pretrained one."""
+    row, model = FINE_TUNING[name]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    recipe = WordPiece(80) if model == ["model=tiny_encoder"] else Bytes()
+    recipe.build(["some words where is my card a dog runs who"]).save(tmp_path / "tokenizer")
+    tokenizer = [] if name == "translate_multi30k" else [f"tokenizer.path={tmp_path / 'tokenizer'}"]
+    places = [f"data.cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}", "trainer.accelerator=cpu", "logger=none"]
+    local = ["data=files", f"data.path={tmp_path / 'rows.jsonl'}", "data.val_every=10", "data.max_length=64"]
+    short = ["trainer.max_epochs=null", "trainer.max_steps=1", "schedule.warmup_steps=0", "data.batch_size=2"]
+    short += ["data.micro_batch_size=null", "trainer.limit_val_batches=1"]
+    if "init_from=BASE" in model:
+        base = [*places, *short, "tokenizer=pretrained", *tokenizer, "data=files", f"data.path={corpus}"]
+        run(compose("train", [*base, "data.max_length=64", f"run_dir={tmp_path / 'base'}"]))
+        model = [word.replace("BASE", str(tmp_path / "base")) for word in model]
+    settings = [*places, *local, *short, *model, *tokenizer]
+    assert run(compose("train", [f"experiment={name}", *settings])).step == 1
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in FINE_TUNING])
 def test_experiment(name: str, compose_run: Compose, corpus: Path, cache_dir: Path, tokenizer_folder: Path) -> None:
     cfg = compose("train", [f"experiment={name}", *needs(name, corpus, tokenizer_folder)])
     check(cfg)
@@ -84,7 +133,11 @@ def test_choice(
     (corpus.parent / "text.txt").write_text("One paragraph.\n\nAnother one.\n" * 20)
     small = group not in ("model", "data", "trainer")
     overrides = [f"{group}={choice}", *(needs(choice, corpus, tokenizer_folder) if group != "model" else [])]
-    if group == "model":
+    if choice in SUPERVISED:
+        return
+    if (group, choice) == ("model", "pretrained"):
+        check(compose("train", overrides))
+    elif group == "model":
         cfg = compose("train", overrides)
         check(cfg)
         assert on_meta(cfg).n_parameters() > 1e6
@@ -110,16 +163,16 @@ def documents() -> str:
     )
 
 
-def test_commands_of_the_documents_compose(corpus: Path) -> None:
+def test_commands_of_the_documents_compose(corpus: Path, tokenizer_folder: Path) -> None:
     """Every `python train.py …` of README and docs is a command line without mistakes."""
     register()
     commands = re.findall(r"^python train\.py ?([^#\n]*)", documents(), flags=re.MULTILINE)
     assert len(commands) > 10
     for command in commands:
         words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", command)]
-        check_overrides(
-            [word.replace("my.jsonl", str(corpus)).replace("book.txt", str(corpus)) for word in words], CONF
-        )
+        for name, path in (("my.jsonl", corpus), ("book.txt", corpus), ("FOLDER", tokenizer_folder)):
+            words = [word.replace(name, str(path)) for word in words]
+        check_overrides(words, CONF)
 
 
 def test_mistakes_shown_in_the_documents_are_what_is_printed() -> None:

@@ -1,8 +1,10 @@
 """From a run to disk and back."""
 
+from llm.checkpoint.adapter import put_on, write_peft
+from llm.checkpoint.average import average
 from llm.checkpoint.distribute import load_whole, place, weights_of
 from llm.checkpoint.exchange import export_folder, import_folder
-from llm.checkpoint.load import configuration_at, disagreements, load, load_into, tokenizer_at, weights_at
+from llm.checkpoint.load import configuration_at, disagreements, labels_of, load, load_into, tokenizer_at, weights_at
 from llm.checkpoint.shards import index as stored_tensors
 from llm.checkpoint.shards import load_into as load_tensors
 from llm.checkpoint.store import (
@@ -24,11 +26,13 @@ from llm.checkpoint.store import (
 
 __all__ = [
     "CheckpointError",
+    "average",
     "configuration_at",
     "disagreements",
     "export_folder",
     "find",
     "import_folder",
+    "labels_of",
     "load",
     "load_into",
     "load_tensors",
@@ -37,6 +41,7 @@ __all__ = [
     "newest_verified",
     "oldest_verified",
     "place",
+    "put_on",
     "read_state",
     "read_tensors",
     "remove",
@@ -50,4 +55,5 @@ __all__ = [
     "tokenizer_at",
     "weights_at",
     "weights_of",
+    "write_peft",
 ]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
 from llm.checkpoint import huggingface, store
 from llm.checkpoint.distribute import weights_of
-from llm.checkpoint.load import PREFIX, stored
+from llm.checkpoint.load import PREFIX, labels_of, stored
 from llm.checkpoint.store import CheckpointError
-from llm.model import Transformer, TransformerConfig
+from llm.model import Transformer, node_of
 from llm.tokenizer import Tokenizer
 
 
@@ -35,7 +33,7 @@ def import_folder(folder: str | Path, out: str | Path) -> tuple[list[str], list[
     tokenizer = huggingface.tokenizer_of(folder)
     with tempfile.TemporaryDirectory() as scratch:
         attachments = [Path(scratch) / "config.yaml"]
-        attachments[0].write_text(yaml.safe_dump({"model": _node(found.config)}, sort_keys=False))
+        attachments[0].write_text(yaml.safe_dump({"model": node_of(found.config)}, sort_keys=False))
         if tokenizer is not None:
             attachments.append(Path(scratch) / "tokenizer")
             tokenizer.save(attachments[1])
@@ -53,12 +51,5 @@ def export_folder(path: str | Path, out: str | Path) -> None:
     step = store.find(path)
     config, state = stored(step)
     tokenizer = Tokenizer.load(step / "tokenizer") if (step / "tokenizer").is_dir() else None
-    huggingface.write(config, state, tokenizer, out)
-
-
-def _node(config: TransformerConfig) -> dict[str, Any]:
-    """The `model` node of a config.yaml."""
-    node: dict[str, Any] = {"_target_": "llm.model.TransformerConfig"} | dataclasses.asdict(config)
-    if config.rope_scaling is not None:
-        node["rope_scaling"] = {"_target_": "llm.model.RopeScaling"} | node["rope_scaling"]
-    return node
+    labels, spans = labels_of(step)
+    huggingface.write(config, state, tokenizer, out, labels, spans=spans)

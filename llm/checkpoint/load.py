@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor, nn
 
 from llm.checkpoint import huggingface
+from llm.checkpoint.adapter import adapter_of, is_adapters, merged, plain
 from llm.checkpoint.distribute import load_whole, weights_of
 from llm.checkpoint.huggingface.settings import meaning
 from llm.checkpoint.store import CheckpointError, find, read_tensors
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 # What shows in the names and shapes of weights, and is compared there.
 _SHAPES = {
     *("dim", "head_dim", "n_kv_heads", "ffn_dim", "vocab_size", "max_length", "n_layers", "n_decoder_layers"),
-    *("n_segments", "bias", "head_bias", "next_sentence", "window"),
+    *("n_segments", "bias", "head_bias", "next_sentence", "n_labels", "label_of", "window"),
 }
 # What people change on purpose, to make a context longer.
 _CONTEXT = {"rope_theta", "rope_scaling", "local_rope_theta", "windows"}
@@ -53,7 +54,20 @@ def stored(step: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     """The configuration and the weights of the network in a step directory."""
     node = yaml.safe_load((step / "config.yaml").read_text())["model"]
     config, state = config_from(node), _weights(step)
-    return config, state | ({"head.weight": state["embed.weight"]} if config.tie_embeddings else {})
+    adapter = adapter_of(step)
+    if adapter is not None:
+        state = merged(state, adapter["alpha"] / adapter["r"])
+    tied = config.tie_embeddings and config.n_labels is None
+    return config, state | ({"head.weight": state["embed.weight"]} if tied else {})
+
+
+def labels_of(step: Path) -> tuple[list[str], bool]:
+    """The names of a classifier's labels, as the run's data had them, none where it had none; and whether what it
+    scores are the start and the end of an answer."""
+    cfg = yaml.safe_load((step / "config.yaml").read_text())
+    tasks = ((cfg.get("data") or {}).get("tasks") or {}).values()
+    spans = str((cfg.get("objective") or {}).get("_target_")).endswith("SpanExtraction")
+    return max((task["labels"] for task in tasks if "labels" in task), key=len, default=[]), spans
 
 
 def weights_at(path: str | Path) -> Path:
@@ -76,8 +90,9 @@ def tokenizer_at(path: str | Path) -> Path | None:
 def load_into(model: nn.Module, path: str | Path) -> list[str]:
     """Copy the weights at `path` into `model`, all of them and nothing else.
 
-    Of a run or step directory every weight must fit. Of a folder of Hugging Face's those of the body must; heads that
-    it lacks keep what they have. The encoder of an encoder-decoder may come from an encoder: its decoder starts anew.
+    Of a run or step directory every weight must fit. Of a folder of Hugging Face's, and for a model with labels that
+    the checkpoint has not, those of the body must; heads that it lacks keep what they have. The encoder of an
+    encoder-decoder may come from an encoder: its decoder starts anew.
 
     Returns:
         The names of the weights of `model` that were not in the checkpoint, which are logged too.
@@ -95,7 +110,9 @@ def load_into(model: nn.Module, path: str | Path) -> list[str]:
     mistakes = disagreements(getattr(model, "config", None), config)
     if mistakes:
         raise CheckpointError(f"{where}: other weights than this model's\n" + "\n".join(f"  {m}" for m in mistakes))
-    return _fill(model, saved, str(where), heads=huggingface.is_folder(where), unused=unused)
+    mine = getattr(model, "config", config)
+    heads = huggingface.is_folder(where) or (mine.n_labels, mine.label_of) != (config.n_labels, config.label_of)
+    return _fill(model, saved, str(where), heads=heads, unused=unused)
 
 
 def configuration_at(path: str | Path) -> TransformerConfig | None:
@@ -145,8 +162,9 @@ def _weights(step: Path) -> dict[str, Tensor]:
 def _fill(
     model: nn.Module, saved: dict[str, Tensor], where: str, *, heads: bool = False, unused: list[str] | None = None
 ) -> list[str]:
-    wanted = weights_of(model)
-    tied = model.state_dict().keys() - wanted.keys()
+    named = {plain(name): name for name in weights_of(model) if not is_adapters(name)}
+    wanted = {name: weights_of(model)[whole] for name, whole in named.items()}
+    tied = model.state_dict().keys() - weights_of(model).keys()
     saved = {name: weight for name, weight in saved.items() if name not in tied}
     from_encoder = _is(wanted, "encoder.") and _is(wanted, "decoder.") and not _is(saved, "decoder.")
     may_start_anew = (*(huggingface.HEADS if heads or from_encoder else ()), *(("decoder.",) if from_encoder else ()))
@@ -161,7 +179,7 @@ def _fill(
             f"{where}: its weights do not fit this model - give the model that it was trained as\n"
             + "\n".join(f"  {mistake}" for mistake in mistakes)
         )
-    load_whole(model, saved)
+    load_whole(model, {named[name]: weight for name, weight in saved.items()})
     if anew:
         log.warning("%s: not in it, so they start anew: %s", where, ", ".join(anew))
     if spare or unused:

@@ -44,6 +44,7 @@ class Run:
     run_dir: Any = "runs/${run_name}"
     resume: Any = "auto"
     init_from: Any = None
+    adapter: Any = None
     packages: Any = field(default_factory=list)
 
 

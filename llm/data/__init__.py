@@ -3,8 +3,11 @@
 from importlib import import_module
 from typing import Any
 
-from llm.data.source import DataError, Files, Hub, Source, StandardLibrary
+from llm.data.labelling import Classify, ExtractSpan, Tag
+from llm.data.source import DataError, Files, Hub, Lines, Source, StandardLibrary
+from llm.data.supervised import Supervised
 from llm.data.task import FillInTheMiddle, Masking, NextToken, SpanDenoising, Task
+from llm.data.writing import Dialogue, Preference, Prompted, TextToText
 
 # These load torch or lightning, which a config mistake must not wait for.
 _HOMES = {
@@ -13,16 +16,25 @@ _HOMES = {
 }
 
 __all__ = [
+    "Classify",
     "DataError",
+    "Dialogue",
+    "ExtractSpan",
     "Files",
     "FillInTheMiddle",
     "Hub",
+    "Lines",
     "Masking",
     "NextToken",
+    "Preference",
+    "Prompted",
     "Source",
     "SpanDenoising",
     "StandardLibrary",
+    "Supervised",
+    "Tag",
     "Task",
+    "TextToText",
     *_HOMES,
 ]
 

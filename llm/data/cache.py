@@ -18,7 +18,8 @@ from typing import Any
 
 META = "meta.json"
 _OURS = re.compile(
-    r"(?P<kind>tokenizer|tokens|rows)-[0-9a-f]{16}(?P<rest>\.lock|\.tmp-(?P<host>[^ ]+)-(?P<pid>\d+)-[0-9a-f]{8})?"
+    r"(?P<kind>tokenizer|tokens|rows|examples)-[0-9a-f]{16}"
+    r"(?P<rest>\.lock|\.tmp-(?P<host>[^ ]+)-(?P<pid>\d+)-[0-9a-f]{8})?"
 )
 _log = logging.getLogger(__name__)
 

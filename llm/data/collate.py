@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from llm.data.example import (
     hide,
     laid_out,
 )
+from llm.data.examples import ExampleRows
 from llm.data.prepare import Rows
 from llm.data.task import FillInTheMiddle, Masking, NextToken, SpanDenoising
 
@@ -95,19 +96,20 @@ class Settings:
     """What decides, beside the rows, how a batch looks.
 
     document_mask  documents of one row do not see each other
-    pairs          whether any of the tasks has pairs: then every batch has the fields for them
+    ragged         fields with some values for each row, not one for each position: every batch has them, as long as
+                   its longest row's, if any of the tasks does
     documents      batches have `documents` and `positions`; else rows are one document, from its beginning
     """
 
     symbols: Symbols
     document_mask: bool
     seed: int
-    pairs: bool = False
+    ragged: tuple[str, ...] = ()
     documents: bool = True
 
 
 def assemble_mixture(
-    parts: list[Rows], part: np.ndarray, chosen: np.ndarray, epoch: np.ndarray, settings: Settings
+    parts: Sequence[Rows | ExampleRows], part: np.ndarray, chosen: np.ndarray, epoch: np.ndarray, settings: Settings
 ) -> dict[str, np.ndarray]:
     """Row i being row chosen[i] of `parts[part[i]]` in its epoch[i]; adds samples (int64 [B]), counted over
     all parts."""
@@ -115,11 +117,11 @@ def assemble_mixture(
     samples = {"samples": np.where(chosen < 0, -1, chosen + offsets[part])}
     groups = [(mine, index) for index in range(len(parts)) if len(mine := np.flatnonzero(part == index))]
     made = [_assembled(parts[index], index, chosen[mine], epoch[mine], settings) for mine, index in groups]
-    for name in ("cls_at", "pair_labels") if settings.pairs else ():
+    for name in settings.ragged:
         width = max(arrays[name].shape[1] for arrays in made)
         for arrays in made:
             room = ((0, 0), (0, width - arrays[name].shape[1]))
-            arrays[name] = np.pad(arrays[name], room, constant_values=0 if name == "cls_at" else IGNORED)
+            arrays[name] = np.pad(arrays[name], room, constant_values=_filler(name))
     if len(made) == 1:
         return made[0] | samples
     back = np.argsort(np.concatenate([mine for mine, _ in groups]))
@@ -127,9 +129,11 @@ def assemble_mixture(
 
 
 def _assembled(
-    rows: Rows, part: int, chosen: np.ndarray, epoch: np.ndarray, settings: Settings
+    rows: Rows | ExampleRows, part: int, chosen: np.ndarray, epoch: np.ndarray, settings: Settings
 ) -> dict[str, np.ndarray]:
     """Rows of one part, as their task shows them."""
+    if isinstance(rows, ExampleRows):
+        return _stacked([_example_row(rows, row, settings) for row in chosen.tolist()], settings)
     if isinstance(rows.task, NextToken):
         return assemble(rows, chosen, settings.document_mask, settings.symbols.pad)
     made = []
@@ -138,12 +142,44 @@ def _assembled(
         pieces = range(first, int(rows.ends[row])) if row >= 0 else range(0)
         draw = generator(settings.seed, part, turn, max(row, 0))
         made.append(_ROW[type(rows.task)](rows, pieces, draw, settings))
-    ragged = {name: max(len(fields[name]) for fields in made) for name in ("cls_at", "pair_labels") if settings.pairs}
-    for name, width in ragged.items():
-        filler = 0 if name == "cls_at" else IGNORED
+    return _stacked(made, settings)
+
+
+def _stacked(made: list[Fields], settings: Settings) -> Fields:
+    """Rows one below the other."""
+    for name in settings.ragged:
+        width = max(1, *(len(fields[name]) for fields in made))
         for fields in made:
-            fields[name] = np.pad(fields[name], (0, max(1, width) - len(fields[name])), constant_values=filler)
+            room = (0, width - len(fields[name]))
+            fields[name] = np.pad(fields[name], room, constant_values=_filler(name))
     return {name: np.stack([fields[name] for fields in made]) for name in made[0]}
+
+
+def _filler(name: str) -> int:
+    """What stands where a row has no value: of places the first, of labels none."""
+    return 0 if name == "cls_at" else IGNORED
+
+
+def _example_row(rows: ExampleRows, row: int, settings: Settings) -> Fields:
+    """The examples of a row one after the other; where they have a target, those in a row beside it."""
+    task = rows.task
+    shown = rows.examples(row) if row >= 0 else []
+    padding = {"tokens": settings.symbols.pad, "labels": IGNORED, "segments": 0}
+    sides = [(rows.widths.row, task.fields, [example.row for example in shown])]
+    if task.target_fields:
+        sides.append((rows.widths.target, task.target_fields, [example.target for example in shown]))
+    laid = [
+        laid_out(pieces, width, {name: padding[name] for name in names}, settings.document_mask)
+        for width, names, pieces in sides
+    ]
+    prefixes = task.prefixes if task.target_fields else ("",)
+    sided = zip(prefixes, laid, strict=True)
+    fields = {f"{prefix}{name}": values for prefix, side in sided for name, values in side.items()}
+    if task.whole_fields:
+        sizes = np.array([len(example.row["tokens"]) for example in shown], np.int64)
+        fields["cls_at"] = np.cumsum(sizes) - sizes
+        fields |= {name: np.array([example.whole[name] for example in shown], np.int64) for name in task.whole_fields}
+    return fields
 
 
 def _middle_row(rows: Rows, pieces: range, draw: np.random.Generator, settings: Settings) -> Fields:
@@ -181,7 +217,7 @@ def _masked_row(rows: Rows, pieces: range, draw: np.random.Generator, settings: 
         shown.append(enclosed(halves, symbols))
     padding = {"tokens": symbols.pad, "labels": IGNORED, "segments": 0}
     row = laid_out(shown, rows.widths.row, padding, settings.document_mask)
-    if settings.pairs:
+    if settings.ragged:
         sizes = np.array([len(piece["tokens"]) for piece in shown], np.int64)
         row["cls_at"] = np.cumsum(sizes) - sizes
         row["pair_labels"] = np.array(labels or [IGNORED] * len(shown), np.int64)
@@ -229,7 +265,7 @@ def to_batch(arrays: dict[str, np.ndarray]) -> Batch:
 def to_step(index: int, arrays: dict[str, np.ndarray], micro_batch_size: int, *, documents: bool = True) -> Step:
     """Rows as micro-batches, and how many tokens they are: counted while they are on the host. Without `documents`
     they leave out what they would say of those."""
-    sides = [arrays[side] for side in ("documents", "source_documents") if side in arrays]
+    sides = [array for name, array in arrays.items() if name.endswith("documents")]
     n_tokens = sum(int(np.count_nonzero(documents)) for documents in sides)  # 0 marks padding
     if not documents:
         arrays = {name: array for name, array in arrays.items() if name not in ("documents", "positions")}

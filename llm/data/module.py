@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -18,11 +17,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llm.data.collate import Settings, Step
 from llm.data.example import Symbols
+from llm.data.labelling import Classify, Tag
 from llm.data.order import Order
-from llm.data.prepare import FORMAT, Held, Recipe, Rows, prepare_rows, prepare_tokenizer, prepare_tokens
+from llm.data.parts import AnyRows, Part, Plan, Prepared
+from llm.data.prepare import FORMAT, Held, Recipe
 from llm.data.report import rows_report, text_report
-from llm.data.source import DataError, Files, Source, digest
+from llm.data.source import DataError, Files, Row, Source, digest
 from llm.data.steps import From, TrainSteps, ValSteps
+from llm.data.supervised import Answers, Supervised
 from llm.data.task import Masking, NextToken, Task, Widths
 from llm.launch import die_with_parent
 from llm.signals import deaf
@@ -31,24 +33,8 @@ from llm.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 
 
-class Part(NamedTuple):
-    """One source as one task shows it: what a row of a mixture is drawn from."""
-
-    source: str
-    task: str
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What preparation leaves behind: everything but the tokenizer is files."""
-
-    tokenizer: Tokenizer
-    train: dict[Part, Rows]
-    val: dict[Part, Rows]
-
-
 class TextData(LightningDataModule):
-    """Packed rows of text for pretraining.
+    """Packed rows of text, or of examples made of the rows of a data set.
 
     `tasks` says what the text becomes: named, mixed by their weights, and all of one family of models; None is next
     tokens. Exactly one of `sources` (named, mixed by their weights) and `path` (files, whose text is in `column`) says
@@ -112,35 +98,9 @@ class TextData(LightningDataModule):
         self.prepare()
 
     @cached_property
-    def _prepared(self) -> _Prepared:
-        tokenizer = prepare_tokenizer(self.recipe, self.sources, self.val_every, self.cache_dir)
+    def _prepared(self) -> Prepared:
         widths = Widths(self.max_length, self.target_length or 0)
-        for name, task in self.tasks.items():
-            task.check(name, tokenizer)
-            task.check_row(name, widths, tokenizer)
-        words = any(task.needs_words for task in self.tasks.values())
-        train: dict[Part, Rows] = {}
-        val: dict[Part, Rows] = {}
-        for name, source in self.sources.items():
-            tokens = prepare_tokens(name, source, tokenizer, self.cache_dir, words)
-            own = source.validation()
-            every = self.val_every if own is None else None
-            held = None if own is None else (prepare_tokens(name, own, tokenizer, self.cache_dir, words), Held())
-            if every is not None:
-                if tokens.meta["documents"] < every:
-                    raise DataError(_too_few(name, tokens.meta["documents"], every))
-                held = tokens, Held(every, out=True)
-            for task_name, task in self.tasks.items():
-                part, layout = Part(name, task_name), (task, widths)
-                train[part] = prepare_rows(name, tokens, Held(every), layout, self.cache_dir, self.seed)
-                if not len(train[part]):
-                    raise DataError(f"data source {name!r}: no document has enough tokens for data.tasks.{task_name}")
-                rows = None if held is None else prepare_rows(name, *held, layout, self.cache_dir, self.seed)
-                if rows is not None and len(rows):
-                    val[part] = rows
-                elif rows is not None:
-                    _log.warning("%s: no held-out document has enough tokens for data.tasks.%s", name, task_name)
-        return _Prepared(tokenizer, train, val)
+        return Plan(self.sources, self.tasks, widths, self.val_every, self.seed, self.cache_dir).prepared(self.recipe)
 
     @property
     def n_rows(self) -> dict[str, int]:
@@ -164,6 +124,27 @@ class TextData(LightningDataModule):
     def has_pairs(self) -> bool:
         """Whether batches hold pairs of texts to be judged."""
         return any(isinstance(task, Masking) and task.next_sentence for task in self.tasks.values())
+
+    @property
+    def answers(self) -> Answers:
+        """What answers are chosen from."""
+        found = {task.answers if isinstance(task, Supervised) else "vocabulary" for task in self.tasks.values()}
+        assert len(found) == 1, "checked when the tasks were given"
+        return found.pop()
+
+    @property
+    def n_labels(self) -> int | None:
+        """Of how many labels one is to be chosen, or scores for a token: two for a span's start and end; None: of the
+        vocabulary."""
+        labelled = [len(task.labels) for task in self.tasks.values() if isinstance(task, Classify | Tag)]
+        return 2 if self.answers == "span" else max(labelled, default=None)
+
+    @property
+    def _ragged(self) -> tuple[str, ...]:
+        """Fields with some values for each row."""
+        names = {name for task in self.tasks.values() if isinstance(task, Supervised) for name in task.whole_fields}
+        names |= {"pair_labels"} if self.has_pairs else set()
+        return ("cls_at", *sorted(names)) if names else ()
 
     @property
     def tells_documents(self) -> bool:
@@ -220,7 +201,7 @@ class TextData(LightningDataModule):
             **{split: self._rows_report(parts) for split, parts in splits.items()},
         }
 
-    def _rows_report(self, parts: dict[Part, Rows]) -> dict[str, Any]:
+    def _rows_report(self, parts: dict[Part, AnyRows]) -> dict[str, Any]:
         """By source, and within it by task if there are several."""
         report: dict[str, Any] = {}
         for part, rows in parts.items():
@@ -229,6 +210,19 @@ class TextData(LightningDataModule):
             else:
                 report.setdefault(part.source, {})[part.task] = rows_report(rows)
         return report
+
+    def held_out(self) -> Iterator[tuple[Row, str]]:
+        """The held-out rows of all sources, and where each is; nothing needs to be prepared."""
+        for source in self.sources.values():
+            own = source.validation()
+            if own is None and self.val_every is None:
+                raise DataError(
+                    "data.val_every=null holds nothing out, and the source has no validation of its own; name its "
+                    "val_path, val_paths or val_split"
+                )
+            held = Held() if own is not None else Held(self.val_every, out=True)
+            rows = (source if own is None else own).rows()
+            yield from (row for number, row in enumerate(rows) if held.has(number))
 
     def val_texts(self) -> Iterator[str]:
         """The held-out documents, decoded (the very text where the tokenizer is byte-level)."""
@@ -297,7 +291,7 @@ class TextData(LightningDataModule):
         steps = ValSteps(*self._mixture(self._prepared.val), place, self._settings, self.batch_size, token_bytes)
         return self._loader(steps, From(0, len(steps)))
 
-    def _mixture(self, parts: dict[Part, Rows]) -> tuple[list[Rows], np.ndarray]:
+    def _mixture(self, parts: dict[Part, AnyRows]) -> tuple[list[AnyRows], np.ndarray]:
         """The parts in order, and the number of the task of each (int64)."""
         names = self.task_names
         return list(parts.values()), np.array([names.index(part.task) for part in parts], np.int64)
@@ -305,7 +299,7 @@ class TextData(LightningDataModule):
     @property
     def _settings(self) -> Settings:
         symbols = Symbols.of(self.tokenizer)
-        return Settings(symbols, self.document_mask, self.seed, self.has_pairs, self.tells_documents)
+        return Settings(symbols, self.document_mask, self.seed, self._ragged, self.tells_documents)
 
     def _place(self) -> tuple[int, int]:
         """Which share of each batch is this process's: the strategy knows, as several processes may have the same."""
@@ -358,6 +352,12 @@ class TextData(LightningDataModule):
 
 def _family(tasks: Mapping[str, Task]) -> str:
     """Whose rows the tasks make. Raises ValueError for those of several families."""
+    answers = {task.answers if isinstance(task, Supervised) else "vocabulary" for task in tasks.values()}
+    if len(answers) > 1:
+        raise ValueError(
+            f"data.tasks: {', '.join(tasks)} have answers of several kinds ({', '.join(sorted(answers))}), which want "
+            "several heads; take tasks of one kind"
+        )
     families = {name: task.family for name, task in tasks.items()}
     if len(set(families.values())) > 1:
         listed = ", ".join(f"{name} (model.family={family})" for name, family in families.items())
@@ -380,15 +380,3 @@ def _leave_signals_to_the_run(worker: int) -> None:
     """
     die_with_parent()
     deaf()
-
-
-def _too_few(name: str, n_documents: int, val_every: int) -> str:
-    if n_documents < 2:
-        return (
-            f"data source {name!r} is one document, so none can be held out; read the paragraphs of a text file with "
-            "data=text data.sources.text.path=FILE, name a val_path, or set data.val_every=null"
-        )
-    return (
-        f"data source {name!r} has {n_documents} documents, and every {val_every}th is held out: none for validation; "
-        f"set data.val_every to at most {n_documents}, or null"
-    )

@@ -64,6 +64,10 @@ class Held:
         out = n_documents // self.every
         return out if self.out else n_documents - out
 
+    def has(self, number: int) -> bool:
+        """Whether document `number`, counted from 0, is in this split."""
+        return self.every is None or ((number + 1) % self.every == 0) == self.out
+
     def places(self, which: np.ndarray) -> np.ndarray:
         """Where the documents `which` of this split are among all (int64 both)."""
         if self.every is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from zlib import error as ZlibError
 
-from llm.data.source import DataError, decode, text_of
+from llm.data.source import DataError, Row, decode, text_of
 
 _BOM = b"\xef\xbb\xbf"
 # In bytes. A document is held in memory whole, more than once while it is read.
@@ -25,6 +25,17 @@ _LARGEST_DOCUMENT = 1 << 28
 
 def read(path: Path, column: str, document: str) -> Iterator[str]:
     """Documents of one file; the ending says how to read it. Raises DataError."""
+    if _kind(path) in (*_ROWS, ".parquet"):
+        for row, where in rows(path, document, column):
+            yield text_of(row, column, where)
+    else:
+        for row, _ in rows(path, document):
+            yield row["text"]
+
+
+def rows(path: Path, document: str, column: str | None = None) -> Iterator[tuple[Row, str]]:
+    """Rows of one file, and where each is: all columns, of parquet only `column` if one is given; plain text has
+    documents in a column `text`. Raises DataError."""
     kind = _kind(path)
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty; remove it from data.path or fill it")
@@ -33,10 +44,17 @@ def read(path: Path, column: str, document: str) -> Iterator[str]:
         return
     with _open(path) as stream:
         if kind in _ROWS:
-            for row, where in _ROWS[kind](path, stream):
-                yield text_of(row, column, where)
+            yield from _ROWS[kind](path, stream)
         else:
-            yield from _TEXT[document](path, stream)
+            for number, text in enumerate(_TEXT[document](path, stream), 1):
+                yield {"text": text}, f"{path}: {document} {number}"
+
+
+def lines(path: Path) -> Iterator[str]:
+    """Every line of a text file, empty ones too. Raises DataError."""
+    with _open(path) as stream:
+        for _, line in _lines(path, stream):
+            yield line
 
 
 def is_known(path: Path) -> bool:
@@ -120,7 +138,7 @@ def _lines(path: Path, stream: BufferedReader) -> Iterator[tuple[int, str]]:
         yield number, decode(path, raw.rstrip(b"\r\n"), number)
 
 
-def _json_lines(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, Any], str]]:
+def _json_lines(path: Path, stream: BufferedReader) -> Iterator[tuple[Row, str]]:
     for number, line in _lines(path, stream):
         if not line.strip():
             continue
@@ -131,7 +149,7 @@ def _json_lines(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, 
         yield _object(row, f"{path}:{number}"), f"{path}:{number}"
 
 
-def _json(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, Any], str]]:
+def _json(path: Path, stream: BufferedReader) -> Iterator[tuple[Row, str]]:
     """A .json file holds one array of objects (read whole), or lines of objects after all."""
     if not stream.peek(1 << 10).removeprefix(_BOM).lstrip().startswith(b"["):
         yield from _json_lines(path, stream)
@@ -145,14 +163,14 @@ def _json(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, Any], 
         yield _object(row, f"{path}[{number}]"), f"{path}[{number}]"
 
 
-def _object(row: Any, where: str) -> dict[str, Any]:
+def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise DataError(f'{where}: holds {type(row).__name__}, not an object such as {{"text": "…"}}')
     return row
 
 
-def _separated(delimiter: str) -> Callable[[Path, BufferedReader], Iterator[tuple[dict[str, Any], str]]]:
-    def rows(path: Path, stream: BufferedReader) -> Iterator[tuple[dict[str, Any], str]]:
+def _separated(delimiter: str) -> Callable[[Path, BufferedReader], Iterator[tuple[Row, str]]]:
+    def rows(path: Path, stream: BufferedReader) -> Iterator[tuple[Row, str]]:
         number = 0  # csv's own count stands still at a faulty line
 
         def lines() -> Iterator[str]:
@@ -173,18 +191,18 @@ def _separated(delimiter: str) -> Callable[[Path, BufferedReader], Iterator[tupl
     return rows
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _parquet(path: Path, column: str | None) -> Iterator[tuple[Row, str]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        if column not in file.schema_arrow.names:
+        if column is not None and column not in file.schema_arrow.names:
             text_of(dict.fromkeys(file.schema_arrow.names), column, str(path))
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.column(0):
-                yield text_of({column: value.as_py()}, column, f"{path}[{number}]")
+        for batch in file.iter_batches(batch_size=1024, columns=None if column is None else [column]):
+            for row in batch.to_pylist():
+                yield row, f"{path}[{number}]"
                 number += 1
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a parquet file that can be read ({str(error).splitlines()[0]})") from None
@@ -219,8 +237,8 @@ def _each_line(path: Path, stream: BufferedReader) -> Iterator[str]:
     return (line for _, line in _lines(path, stream) if line.strip())
 
 
-Rows = Callable[[Path, BufferedReader], Iterable[tuple[dict[str, Any], str]]]
-_ROWS: dict[str, Rows] = {
+Reader = Callable[[Path, BufferedReader], Iterable[tuple[Row, str]]]
+_ROWS: dict[str, Reader] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

@@ -7,9 +7,9 @@ import os
 import platform
 import sysconfig
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,9 @@ class DataError(ValueError):
     """The data is not what the config says: one line with the file or key, the rule and the remedy (exit code 65)."""
 
     exit_code = 65
+
+
+Row = dict[str, Any]  # column -> value
 
 
 class Source(ABC):
@@ -33,6 +36,12 @@ class Source(ABC):
     @abstractmethod
     def documents(self) -> Iterator[str]:
         """Every document, in the same order each time, in bounded memory. Raises DataError. May yield empty ones."""
+
+    def rows(self) -> Iterator[tuple[Row, str]]:
+        """Every row with all its columns, in the same order each time, and where it is: for tasks that take more of it
+        than one text. Raises DataError."""
+        for number, text in enumerate(self.documents(), 1):
+            yield {"text": text}, f"document {number}"
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -126,6 +135,17 @@ class Files(Source):
             for text in read(file, self.column, self.document):
                 yield text[: self.first_held_out(text)]
 
+    def rows(self) -> Iterator[tuple[Row, str]]:
+        from llm.data.read import rows
+
+        if self.val_share is not None:
+            raise DataError(
+                f"val_share={self.val_share} of a data source: holds out the ends of documents, and rows have none; "
+                "name a val_path, or set data.val_every"
+            )
+        for file in self.files():
+            yield from rows(file, self.document)
+
     def first_held_out(self, text: str) -> int | None:
         """The first character of a document that is held out; None: all of it is trained on."""
         return None if self.val_share is None else int(len(text) * (1 - self.val_share))
@@ -160,6 +180,52 @@ class _Ends(Source):
 
 
 @dataclass(frozen=True)
+class Lines(Source):
+    """Text files of which line n belongs to line n of the others, as parallel corpora are kept: `paths` names a file,
+    also .gz or .zst, for each column. `val_paths` names held-out files; without them every `val_every`-th row is.
+
+    As text for pretraining, or for a tokenizer, every line of every column is a document.
+    """
+
+    paths: Mapping[str, str]
+    val_paths: Mapping[str, str] | None = None
+    weight: Annotated[float, Gt(0)] = 1.0
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+
+    def documents(self) -> Iterator[str]:
+        for row, _ in self.rows():
+            yield from row.values()
+
+    def rows(self) -> Iterator[tuple[Row, str]]:
+        from llm.data.read import lines
+
+        files = [_file(path) for path in self.paths.values()]
+        for number, texts in enumerate(zip_longest(*(lines(file) for file in files)), 1):
+            if None in texts:
+                ended, longer = (
+                    files[texts.index(None)],
+                    next(f for f, text in zip(files, texts, strict=True) if text is not None),
+                )
+                raise DataError(
+                    f"{longer}:{number}: {ended} ends before this line; files of Lines have as many lines each"
+                )
+            yield dict(zip(self.paths, texts, strict=True)), f"{files[0]}:{number}"
+
+    def fingerprint(self) -> str:
+        stats = [
+            (name, file.resolve().as_posix(), file.stat())
+            for name, path in self.paths.items()
+            for file in [_file(path)]
+        ]
+        return digest("lines", [(name, path, stat.st_size, stat.st_mtime_ns) for name, path, stat in stats])
+
+    def validation(self) -> Source | None:
+        return None if self.val_paths is None else replace(self, paths=self.val_paths, val_paths=None)
+
+
+@dataclass(frozen=True)
 class Hub(Source):
     """A data set of the Hugging Face hub (or a folder that `datasets.load_dataset` reads), streamed in bounded memory.
 
@@ -180,6 +246,10 @@ class Hub(Source):
         check_weight(self.weight)
 
     def documents(self) -> Iterator[str]:
+        for row, where in self.rows():
+            yield text_of(row, self.column, where)
+
+    def rows(self) -> Iterator[tuple[Row, str]]:
         import datasets
 
         try:
@@ -187,7 +257,7 @@ class Hub(Source):
                 self.name, self.config, split=self.split, revision=self.revision, streaming=True
             )
             for number, row in enumerate(islice(rows, self.n_documents)):
-                yield text_of(row, self.column, f"{self.name}[{self.split}][{number}]")
+                yield row, f"{self.name}[{self.split}][{number}]"
         except DataError:
             raise
         except Exception as error:  # datasets raises its own, pyarrow's, requests' and fsspec's
@@ -243,6 +313,14 @@ def text_of(row: dict[str, Any], column: str, where: str) -> str:
                 f"(\\u{ord(text[error.start]):04x}) is no character; repair the escape in the file"
             ) from None
     return text
+
+
+def _file(path: str) -> Path:
+    """One file that is there."""
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise DataError(f"{path}: no such file (looked from {Path.cwd()})")
+    return found
 
 
 def _expand(path: str) -> list[Path]:

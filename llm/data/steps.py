@@ -8,6 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset, Sampler
 
 from llm.data.collate import Settings, Step, assemble_mixture, label_bytes, to_step
+from llm.data.examples import ExampleRows
 from llm.data.order import Order
 from llm.data.prepare import Rows
 from llm.data.task import NextToken
@@ -18,7 +19,9 @@ Share = tuple[int, int, int | None]  # rank, world size, rows at once
 class TrainSteps(Dataset[Step]):
     """Step N as one process sees it: its slice of the global batch."""
 
-    def __init__(self, parts: list[Rows], tasks: np.ndarray, place: Share, settings: Settings, order: Order) -> None:
+    def __init__(
+        self, parts: list[Rows | ExampleRows], tasks: np.ndarray, place: Share, settings: Settings, order: Order
+    ) -> None:
         self.parts, self.tasks, self.place, self.settings, self.order = parts, tasks, place, settings, order
 
     def __getitem__(self, index: int) -> Step:
@@ -40,7 +43,7 @@ class ValSteps(Dataset[Step]):
 
     def __init__(
         self,
-        parts: list[Rows],
+        parts: list[Rows | ExampleRows],
         tasks: np.ndarray,
         place: Share,
         settings: Settings,

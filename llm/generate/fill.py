@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llm.generate.batch import padded_source
 from llm.generate.decode import generate, undisturbed
 from llm.model.transformer import Source, Transformer
 from llm.tokenizer import Tokenizer
@@ -80,7 +81,7 @@ def fill_spans(
     room = model.config.max_length - 1
     read = [[*_encode(tokenizer, prompt, tokenizer.sentinel_ids)[:room], tokenizer.eot_id] for prompt in prompts]
     device = model.embed.weight.device
-    source = _together(read, tokenizer.pad_id, device)
+    source = padded_source(read, tokenizer.pad_id, device)
     start = torch.full((len(prompts), 1), tokenizer.pad_id, device=device)
     if write is None:
         targets = generate(model, start, max_new_tokens, temperature=0, eos_id=tokenizer.eot_id, source=source)
@@ -94,14 +95,6 @@ def _encode(tokenizer: Tokenizer, prompt: str, gaps: list[int]) -> list[int]:
     """The prompt's tokens. The space before a gap is left out: it belongs to the word that will stand there."""
     names = "|".join(re.escape(tokenizer.backend.id_to_token(gap) or "") for gap in gaps)
     return tokenizer.encode_marked(re.sub(rf" +(?={names})", "", prompt) if names else prompt)
-
-
-def _together(rows: list[list[int]], pad_id: int, device: torch.device) -> Source:
-    """Sources of unequal length as one, padded at the right."""
-    width = max(map(len, rows))
-    tokens = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
-    documents = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return Source(tokens, documents)
 
 
 def _until(ids: list[int], end: int) -> list[int]:

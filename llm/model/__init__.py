@@ -9,7 +9,7 @@ Importing this package loads no torch, so that a mistake in a configuration is r
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from llm.model.config import RopeScaling, TransformerConfig, config_from
+from llm.model.config import Pretrained, RopeScaling, TransformerConfig, config_from, node_of
 
 if TYPE_CHECKING:
     from llm.model.block import Block
@@ -28,12 +28,14 @@ _HOMES = {
 __all__ = [
     "Block",
     "Cache",
+    "Pretrained",
     "RopeScaling",
     "Source",
     "Transformer",
     "TransformerConfig",
     "config_from",
     "initialise",
+    "node_of",
 ]
 
 

@@ -1,7 +1,7 @@
 """The description of a Transformer, as `conf/model/*.yaml` writes it. No torch: it is checked before that loads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -72,6 +72,8 @@ class TransformerConfig:
     tie_embeddings  the head's weight is the embedding's (Press and Wolf 2016, arXiv:1608.05859)
     head_bias       a bias in the vocabulary head
     next_sentence   a pooler and a classifier of pairs on the first token (Devlin et al. 2019)
+    n_labels        in the place of the vocabulary head a classifier of so many labels; label_of: of the text, on what a
+                    pooler makes of its first token, or of each token (Devlin et al. 2019)
     initialisation  see llm.model.initialisation
     """
 
@@ -107,6 +109,8 @@ class TransformerConfig:
     tie_embeddings: bool = False
     head_bias: bool = False
     next_sentence: bool = False
+    n_labels: Annotated[int, Ge(2)] | None = None
+    label_of: Literal["text", "token"] = "text"
     initialisation: Literal["gpt2", "llama", "bert", "t5", "vaswani"] = "llama"
 
     def __post_init__(self) -> None:
@@ -189,8 +193,13 @@ class TransformerConfig:
             "n_decoder_layers": ("encoder_decoder",),
             "n_segments": ("encoder", "encoder_decoder"),
             "next_sentence": ("encoder",),
+            "n_labels": ("encoder",),
             "window": ("encoder", "decoder"),
         }
+        if self.next_sentence and self.n_labels:
+            return [
+                f"model.n_labels = {self.n_labels}: a classifier has no other heads; set model.next_sentence to false"
+            ]
         if self.next_sentence and self.n_segments == 1:
             return ["model.n_segments = 1: model.next_sentence tells two parts apart; set it to 2, or to 0 for none"]
         return [
@@ -224,6 +233,32 @@ class TransformerConfig:
                 f"model.relative_buckets = {self.relative_buckets}, which the nearest tokens have each for itself"
             )
         return problems
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The model whose weights `init_from` names, but for what is given here; null is as it was.
+
+    dropout, max_length   as in TransformerConfig
+    """
+
+    dropout: Annotated[float, Ge(0), Lt(1)] | None = None
+    max_length: Count | None = None
+
+    def of(self, weights: TransformerConfig, n_labels: int | None) -> TransformerConfig:
+        """That of these weights, with a head for `n_labels` labels, or for the vocabulary."""
+        given = {"dropout": self.dropout, "max_length": self.max_length}
+        changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        changes["n_labels"] = n_labels
+        return replace(weights, **changes, next_sentence=weights.next_sentence and n_labels is None)
+
+
+def node_of(config: TransformerConfig) -> dict[str, Any]:
+    """The `model` node of a config.yaml."""
+    node: dict[str, Any] = {"_target_": "llm.model.TransformerConfig"} | asdict(config)
+    if config.rope_scaling is not None:
+        node["rope_scaling"] = {"_target_": "llm.model.RopeScaling"} | node["rope_scaling"]
+    return node
 
 
 def config_from(node: Mapping[str, Any]) -> TransformerConfig:

@@ -49,10 +49,14 @@ class Transformer(nn.Module):
         n_encoder, n_decoder = config.encoder_layers, config.decoder_layers
         self.encoder = Stack(config, causal=False, n_layers=n_encoder) if n_encoder else None
         self.decoder = Stack(config, causal=True, n_layers=n_decoder) if n_decoder else None
-        self.transform = Transform(config) if config.family == "encoder" else None
-        self.head = Head(config, config.vocab_size)
-        self.pooler = linear(config, config.dim, config.dim, bias=True) if config.next_sentence else None
+        classifies = config.n_labels is not None
+        self.transform = Transform(config) if config.family == "encoder" and not classifies else None
+        self.head = None if classifies else Head(config, config.vocab_size)
+        pools = config.next_sentence or (classifies and config.label_of == "text")
+        self.pooler = linear(config, config.dim, config.dim, bias=True) if pools else None
         self.next_sentence = linear(config, config.dim, 2, bias=True) if config.next_sentence else None
+        self.classifier = linear(config, config.dim, config.n_labels, bias=True) if config.n_labels else None
+        self.dropout = nn.Dropout(config.dropout) if classifies and config.dropout else nn.Identity()
         self.tie()
 
     @property
@@ -122,7 +126,8 @@ class Transformer(nn.Module):
         return stack(self.embed(tokens), positions, places, segments, cache, memory)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the vocabulary: [.., D] -> [.., V]."""
+        """Scores of the vocabulary: [.., D] -> [.., V]. Not with model.n_labels."""
+        assert self.head is not None, "model.n_labels is in the place of the vocabulary"
         if self.transform is not None:
             hidden = self.transform(hidden)
         if self.config.scale_logits:
@@ -136,9 +141,16 @@ class Transformer(nn.Module):
         assert self.next_sentence is not None
         return self.next_sentence(torch.tanh(self.pooler(hidden)))
 
+    def label_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the labels, from the hidden states of first tokens or, with model.label_of=token, of any:
+        [.., D] -> [.., labels]. Only with model.n_labels."""
+        assert self.classifier is not None, "model.n_labels is null"
+        pooled = hidden if self.pooler is None else torch.tanh(self.pooler(hidden))
+        return self.classifier(self.dropout(pooled))
+
     def tie(self) -> None:
         """Make the head's weight the embedding's again, where the configuration ties them, after one was replaced."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and self.head is not None:
             self.head.weight = self.embed.weight
 
     def n_parameters(self) -> int:
@@ -163,7 +175,7 @@ class Transformer(nn.Module):
             on_target, on_source = 2 * c.dim * width, 2 * c.dim * c.head_width * c.kv_heads
             decoder += c.decoder_layers * (target * (2 * source * width + on_target) + source * on_source)
         transform = 0 if self.transform is None else c.dim**2
-        head = target * (c.dim * self.embed.num_embeddings + transform)
+        head = 0 if self.head is None else target * (c.dim * self.embed.num_embeddings + transform)
         return 2 * batch * (encoder + decoder + head)
 
     def flops_per_token(self, length: int, target_length: int = 0, scored: float = 1.0) -> float:
@@ -184,6 +196,9 @@ class Transformer(nn.Module):
                 p.numel() for m in (self.transform, self.pooler) if m for p in m.parameters()
             )
             body = self.n_parameters() - looked_up - head
+            scored = (
+                0.0 if self.head is None else scored
+            )  # a classifier looks the embedding up, and scores next to nothing
             return 6 * (body + scored * head) + c.n_layers * width * length
         if self.encoder is None:
             return 6 * (self.n_parameters() - looked_up) + c.n_layers * width * length

@@ -8,14 +8,14 @@ means the same whatever the number of processes and the size of a micro-batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Protocol
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar
 
 import lightning as L
 import torch
 from annotated_types import Gt
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
@@ -23,39 +23,10 @@ from llm.checkpoint import load_into
 from llm.guard import Guard, Stop
 from llm.metric import unigram_nats
 from llm.model import Transformer, TransformerConfig
+from llm.objective.given import Adapter, Batch, OptimizerRecipe, Step
 from llm.objective.loss import IGNORED, Loss, Reduction, of_rows, token_nats
-from llm.reduce import Reading, Sum, Totals, all_sum, clip_gradients, from_first, n_processes, to_device
-
-Batch = Mapping[str, Tensor]
-
-
-class OptimizerRecipe(Protocol):
-    """What `conf/optimizer` gives: hyper-parameters that build an optimizer once there are weights."""
-
-    @property
-    def clip_norm(self) -> float | None:
-        """Largest L2 norm of the gradient; None does not clip."""
-
-    def build(self, model: nn.Module) -> Optimizer:
-        """The optimizer over the model's parameters."""
-
-
-class Step(Protocol):
-    """What `llm/data` gives: this process's share of one optimizer step."""
-
-    @property
-    def index(self) -> int:
-        """Number of the batch in the run's one global order."""
-
-    @property
-    def micro_batches(self) -> list[Batch]:
-        """What is run forward and backward one after the other."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Real tokens, padding left out, on all sides."""
-
-    counts: list[dict[str, int]]  # of each micro-batch what `Objective.counts` says
+from llm.objective.scale import global_scale, plus, start
+from llm.reduce import Reading, Sum, Totals, all_sum, clip_gradients, from_first
 
 
 class Objective(L.LightningModule):
@@ -69,11 +40,15 @@ class Objective(L.LightningModule):
         init_from: run or step directory whose weights the training starts from; a resumed run overrides it.
         logits_at_once: positions whose scores over the vocabulary are in memory at the same time; None: those of a
             whole micro-batch, which is fastest.
+        adapter: what is put around layers of the network, and trained in their place; None trains all.
 
     Raises ValueError if the model is of another family than `family`, which a subclass names.
     """
 
     family: ClassVar[str | None] = None
+    answers: ClassVar[str] = "vocabulary"  # what is chosen from: that, a label, tags or a span
+    predicts: ClassVar[str] = "labels"  # the field of a batch that holds what is to be predicted
+    label_smoothing: float = 0.0  # of the training's loss
 
     def __init__(
         self,
@@ -83,6 +58,7 @@ class Objective(L.LightningModule):
         guard: Guard | None = None,
         init_from: str | None = None,
         logits_at_once: Annotated[int, Gt(0)] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         if self.family not in (None, model.family):
@@ -97,6 +73,7 @@ class Objective(L.LightningModule):
         self.guard = guard or Stop()
         self.init_from = init_from
         self.logits_at_once = logits_at_once
+        self.adapter = adapter
         self.model: Transformer | None = None
         self.n_batches = 0  # batches consumed: where the data goes on after a restart
         self.step_loss: Sum  # sum and count of the last step, of this process
@@ -153,7 +130,8 @@ class Objective(L.LightningModule):
         return torch.cat(found) if reduction == "none" else torch.stack(found).sum()
 
     def _nats(self, hidden: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
-        return token_nats(self.network.logits(hidden), labels, reduction)
+        smoothing = self.label_smoothing if self.training else 0.0
+        return token_nats(self.network.logits(hidden), labels, reduction, smoothing)
 
     # Building
 
@@ -161,6 +139,8 @@ class Objective(L.LightningModule):
         """Build the network once; Lightning calls this again on every entry point."""
         if self.model is None:
             self.model = Transformer(self.model_config)
+            if self.adapter is not None:
+                self.adapter.attach(self.model)
 
     def configure_optimizers(self) -> Optimizer:
         """The one optimizer, each group with the peak rate that the schedule multiplies."""
@@ -228,10 +208,10 @@ class Objective(L.LightningModule):
         for number, (micro_batch, counts) in enumerate(zip(batch.micro_batches, batch.counts, strict=True), 1):
             with self.gradient_sync(last=number == len(batch.micro_batches)):
                 parts = self.losses(micro_batch)
-                loss, gradient = _start(parts, scale)
+                loss, gradient = start(parts, scale)
                 self.manual_backward(loss, gradient=gradient)
             added = self.sums(parts, counts, micro_batch)
-            sums = added if number == 1 else {name: _plus(sums[name], more) for name, more in added.items()}
+            sums = added if number == 1 else {name: plus(sums[name], more) for name, more in added.items()}
         return sums
 
     def _drop_gradients(self, optimizer: LightningOptimizer) -> None:
@@ -339,7 +319,7 @@ class Objective(L.LightningModule):
         for micro_batch, counts in zip(batch.micro_batches, batch.counts, strict=True):
             parts = self.losses(micro_batch)
             self.val_totals.add({**self.sums(parts, counts, micro_batch), **self.validation_sums(micro_batch, parts)})
-            self._count_labels(micro_batch["labels"])
+            self._count_labels(micro_batch[self.predicts])
 
     def on_validation_epoch_end(self) -> None:
         """One reduction for the whole set; `callback_metrics` is where checkpoints and early stopping look."""
@@ -353,10 +333,15 @@ class Objective(L.LightningModule):
     def _count_labels(self, labels: Tensor) -> None:
         """How often each token is to be predicted: the least that a model has to know."""
         if self.label_counts is None:
-            assert self.model_config.vocab_size is not None
-            self.label_counts = labels.new_zeros(self.model_config.vocab_size)
+            self.label_counts = labels.new_zeros(self.n_outcomes)
         flat = labels.flatten()
         self.label_counts.scatter_add_(0, flat.clamp(min=0), (flat != IGNORED).to(flat.dtype))
+
+    @property
+    def n_outcomes(self) -> int:
+        """How many different labels there are: the vocabulary."""
+        assert self.model_config.vocab_size is not None
+        return self.model_config.vocab_size
 
     # Checkpoints
 
@@ -386,34 +371,3 @@ class Objective(L.LightningModule):
         loop.batch_progress.total.increment_by(state["n_batches"])
         loop.manual_optimization.optim_step_progress.total.increment_by(state["n_steps"])
         loop._batches_that_stepped = state["n_steps"]
-
-
-def global_scale(counts: list[dict[str, int]], device: torch.device) -> dict[str, Tensor | float]:
-    """Name -> what its sums are multiplied with: the number of processes over the count of the whole global step, from
-    the counts of this process's micro-batches; of several processes scalars on `device`. No host sync.
-
-    Strategies average gradients over processes, so n · sum / count, averaged over n, is the mean over all tokens. A
-    part that nothing was predicted for has sum 0 and is divided by 1: its loss is 0, not NaN.
-    """
-    totals = {name: sum([count[name] for count in counts]) for name in counts[0]}
-    n = n_processes()
-    if n == 1:
-        return {name: 1 / max(1, total) for name, total in totals.items()}
-    scale = n / all_sum(to_device(list(totals.values()), device)).clamp(min=1)  # one message
-    return dict(zip(totals, scale.unbind(), strict=True))
-
-
-def _plus(one: Sum, other: Sum) -> Sum:
-    return one[0] + other[0], one[1] + other[1]
-
-
-def _start(parts: dict[str, Loss], scale: dict[str, Tensor | float]) -> tuple[Tensor, Tensor]:
-    """Sums of the parts that are trained, [parts] or a scalar, and the gradient there, with which a backward starts:
-    dividing the sums first would take kernels on both ways."""
-    pairs = [(part.total, part.weight * scale[name]) for name, part in parts.items() if part.weight]
-    starts = [
-        start.to(total.dtype) if isinstance(start, Tensor) else torch.full_like(total, start) for total, start in pairs
-    ]
-    if len(pairs) == 1:
-        return pairs[0][0], starts[0]
-    return torch.stack([total for total, _ in pairs]), torch.stack(starts)

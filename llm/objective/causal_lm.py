@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from llm.metric import bits_per_byte
-from llm.objective.base import Batch, Objective
+from llm.objective.base import Objective
+from llm.objective.given import Batch
 from llm.objective.loss import Loss, n_labels
 from llm.reduce import Sum
 

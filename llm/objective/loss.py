@@ -31,9 +31,12 @@ def n_labels(labels: Tensor) -> int:
     return int(np.count_nonzero(labels.numpy() != IGNORED))
 
 
-def token_nats(logits: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
-    """-log p(label) by a softmax in float32: [N, V], [N] -> [N], 0 where nothing is predicted, or their sum."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction=reduction)
+def token_nats(logits: Tensor, labels: Tensor, reduction: Reduction = "none", smoothing: float = 0.0) -> Tensor:
+    """-log p(label) by a softmax in float32: [N, V], [N] -> [N], 0 where nothing is predicted, or their sum.
+
+    With `smoothing` that share of the label is spread over the whole vocabulary (Szegedy et al. 2016, section 7).
+    """
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction=reduction, label_smoothing=smoothing)
 
 
 def of_rows(nats: Tensor, labels: Tensor) -> Loss:

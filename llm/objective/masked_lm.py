@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm.objective.base import Batch, Objective
+from llm.objective.base import Objective
+from llm.objective.given import Batch
 from llm.objective.loss import IGNORED, Loss, gathered, n_labels, token_nats
 
 _GRANULE = 128  # logits come in few shapes, whose memory is found again

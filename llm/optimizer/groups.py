@@ -30,5 +30,5 @@ def hidden_matrices(model: nn.Module) -> list[Tensor]:
         for name, weight in linears
         if weight.requires_grad
         and id(weight) not in embeddings
-        and name.rpartition(".")[2] not in ("head", "next_sentence")
+        and name.rpartition(".")[2] not in ("head", "next_sentence", "classifier")
     ]

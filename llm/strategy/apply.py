@@ -50,7 +50,7 @@ def apply(
     """
     if tensor_mesh is not None:
         split(network, tensor_mesh)
-    else:
+    elif network.head is not None:
         network.head.multiple = vocabulary_multiple
     if float8:
         convert(network)

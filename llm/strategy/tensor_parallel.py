@@ -108,6 +108,7 @@ def plan(model: nn.Module) -> dict[str, ParallelStyle]:
         "transform.*": Whole(),
         "pooler": Whole(),
         "next_sentence": Whole(),
+        "classifier": Whole(),
     }
     return {
         name: style

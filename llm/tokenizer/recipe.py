@@ -196,8 +196,8 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The tokenizer of a Hugging Face folder (tokenizer.json, or what transformers turns into one) or of a GGUF file.
-    Needs no weights."""
+    """The tokenizer of a Hugging Face folder (tokenizer.json, or what transformers turns into one), of a GGUF file, or
+    of a run or step directory. Needs no weights."""
 
     path: str
     needs_text: ClassVar[bool] = False
@@ -209,7 +209,8 @@ class Pretrained:
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(Path(self.path).expanduser())
+        path = Path(self.path).expanduser()
+        return Tokenizer.load(path / "tokenizer" if (path / "tokenizer" / "tokenizer.json").is_file() else path)
 
     @property
     def vocab_size(self) -> int:

@@ -194,6 +194,19 @@ class Tokenizer:
         encodings = self._encoder.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
+    def encode_offsets(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `encode_batch`, int64, with where in the text each token begins and ends: int64 [n, 2], in characters."""
+        encodings = self._encoder.encode_batch(texts, add_special_tokens=False)
+        return [
+            (np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+            for encoding in encodings
+        ]
+
+    @cached_property
+    def is_word_piece(self) -> bool:
+        """Whether blanks between words are no part of tokens."""
+        return self._description["model"].get("continuing_subword_prefix") == "##"
+
     def encode_words(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """As `encode_batch`, with a bool array beside the tokens of each text: True where a token begins a word, that
         is, a piece that the tokenizer splits a text into before it looks for tokens. Needs `has_words`."""
@@ -242,13 +255,12 @@ class Tokenizer:
         token that starts a word counts the space before it.
         """
         sizes = np.zeros(self.vocab_size, np.int32)
-        word_piece = self._description["model"].get("continuing_subword_prefix") == "##"
         for token, index in self.backend.get_vocab(with_added_tokens=False).items():
             if self.is_byte_level:
                 sizes[index] = len(token)  # each byte is written as one character
             elif len(token) == 6 and token.startswith("<0x"):
                 sizes[index] = 1  # byte fallback
-            elif word_piece:
+            elif self.is_word_piece:
                 sizes[index] = len(token.removeprefix("##").encode()) + (not token.startswith("##"))
             else:
                 sizes[index] = len(token.replace("▁", " ").encode())

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from llm.config import register
-from llm.data import Files, Hub, StandardLibrary, TextData
+from llm.data import Files, Hub, Lines, StandardLibrary, TextData
 from llm.tokenizer import ByteLevelBPE, Bytes, Pretrained, Unigram, WordPiece
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -17,6 +17,18 @@ DATA = {
     "text": (["data.sources.text.path=a.txt"], {"text": Files("a.txt", document="paragraph")}),
     "book": (["data.sources.text.path=a.txt"], {"text": Files("a.txt", document="file", val_share=0.1)}),
     "hub": ([], {"hub": Hub("HuggingFaceFW/fineweb-edu", "sample-10BT")}),
+    "lines": (["data.sources.lines.paths={en:a.en,de:a.de}"], {"lines": Lines({"en": "a.en", "de": "a.de"})}),
+    "banking77": ([], {"banking77": Hub("mteb/banking77", val_split="test")}),
+    "mrpc": ([], {"mrpc": Hub("nyu-mll/glue", "mrpc", val_split="validation", column="sentence1")}),
+    "multi30k": ([], {"multi30k": Hub("bentrevett/multi30k", val_split="validation", column="en")}),
+    "scitldr": ([], {"scitldr": Hub("allenai/scitldr", "Abstract", val_split="validation", column="source")}),
+    "smoltalk": ([], {"smoltalk": Hub("HuggingFaceTB/smoltalk", "all", val_split="test", column="messages")}),
+    "gsm8k": ([], {"gsm8k": Hub("openai/gsm8k", "main", val_split="test", column="question")}),
+    "ultrafeedback": (
+        [],
+        {"ultrafeedback": Hub("trl-lib/ultrafeedback-gpt-3.5-turbo-helpfulness", val_split="test", column="prompt")},
+    ),
+    "squad": ([], {"squad": Hub("rajpurkar/squad", val_split="validation", column="context")}),
     "mixture": (
         ["data.sources.files.path=a.jsonl"],
         {"python": StandardLibrary(weight=3.0), "files": Files("a.jsonl", weight=1.0)},

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llm.build import build
 from llm.callback.record import Record
 from llm.model import Transformer
-from llm.objective.base import global_scale
 from llm.objective.loss import n_labels, token_nats
+from llm.objective.scale import global_scale
 from llm.run import run
 from tests.runs import Compose, saved
 

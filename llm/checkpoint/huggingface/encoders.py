@@ -40,7 +40,10 @@ def _embeddings(body: str, *, offset: bool) -> tuple[Row, ...]:
 
 BERT = Architecture(
     model_type="bert",
-    classes=("BertForMaskedLM", "BertForPreTraining", "BertModel", "BertForNextSentencePrediction"),
+    classes=(
+        *("BertForMaskedLM", "BertForPreTraining", "BertModel", "BertForNextSentencePrediction"),
+        *("BertForSequenceClassification", "BertForTokenClassification", "BertForQuestionAnswering"),
+    ),
     family="encoder",
     settings=(
         Setting("hidden_size", "dim", 768),
@@ -78,12 +81,14 @@ BERT = Architecture(
         Row("cls.predictions.decoder.weight", "head.weight", whole=True),
         Row("cls.predictions.bias", "head.bias", whole=True),
         Row("cls.seq_relationship", "next_sentence"),
+        Row("classifier", "classifier"),
+        Row("qa_outputs", "classifier"),
     ),
     layers={"encoder": _layer("bert")},
     copies={"cls.predictions.decoder.bias": "cls.predictions.bias"},
     prefix="bert.",
     dropped=(r"bert\.embeddings\.position_ids",),
-    headed=("cls.", "bert.pooler."),
+    headed=("cls.", "bert.pooler.", "classifier.", "qa_outputs."),
 )
 
 ROBERTA = replace(

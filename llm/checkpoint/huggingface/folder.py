@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,17 @@ def tokenizer_of(path: str | Path) -> Tokenizer | None:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def write(config: TransformerConfig, state: Mapping[str, Tensor], tokenizer: Tokenizer | None, out: str | Path) -> None:
-    """A folder that transformers loads; whole or absent.
+def write(
+    config: TransformerConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: Tokenizer | None,
+    out: str | Path,
+    labels: Sequence[str] = (),
+    *,
+    spans: bool = False,
+) -> None:
+    """A folder that transformers loads; whole or absent. `labels` are the names of a classifier's; with `spans` its two
+    scores are those of an answer's start and end.
 
     Raises:
         CheckpointError: if `out` exists, or no architecture computes what the model does.
@@ -92,6 +101,13 @@ def write(config: TransformerConfig, state: Mapping[str, Tensor], tokenizer: Tok
     tensors = weights.to_theirs(state, theirs, architecture, config)
     dtype = str(state["embed.weight"].dtype).removeprefix("torch.")
     kind = "BertForPreTraining" if config.next_sentence else architecture.classes[0]
+    if config.n_labels is not None:
+        kind = f"BertFor{'Sequence' if config.label_of == 'text' else 'Token'}Classification"
+        names = dict(enumerate(labels or map(str, range(config.n_labels))))
+        theirs |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    if spans:
+        kind = "BertForQuestionAnswering"
+        tensors = {name.replace("classifier.", "qa_outputs."): tensor for name, tensor in tensors.items()}
     theirs |= {"architectures": [kind], "torch_dtype": dtype} | _ids(config, tokenizer, pad_id)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)

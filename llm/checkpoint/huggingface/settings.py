@@ -148,7 +148,7 @@ def _written(config: TransformerConfig, architecture: Architecture, pad_id: int)
 
 def _from_weights(config: TransformerConfig, architecture: Architecture) -> dict[str, Any]:
     """What a folder says by the weights that it holds, and not in config.json."""
-    optional = {"bert": ("next_sentence",), "bart": ("head_bias",), "marian": ("head_bias",)}
+    optional = {"bert": ("next_sentence", "n_labels", "label_of"), "bart": ("head_bias",), "marian": ("head_bias",)}
     return {key: getattr(config, key) for key in optional.get(architecture.model_type, ())}
 
 

@@ -15,7 +15,7 @@ from llm.checkpoint.store import CheckpointError
 from llm.model import Transformer, TransformerConfig
 from llm.model.position import SinusoidalPosition
 
-HEADS = ("transform.", "head.", "pooler.", "next_sentence.")  # ours that may start anew
+HEADS = ("transform.", "head.", "pooler.", "next_sentence.", "classifier.")  # ours that may start anew
 Weights = dict[str, Tensor]
 
 
@@ -67,7 +67,7 @@ def from_theirs(
                 if piece.shape != shapes[part]:
                     mistakes.append(f"{name}: {tuple(found.shape)}, but {part} is {tuple(shapes[part])}")
                 state[part] = piece.contiguous()
-    if config.tie_embeddings and "embed.weight" in state:
+    if config.tie_embeddings and "head.weight" in shapes and "embed.weight" in state:
         state["head.weight"] = state["embed.weight"]
     anew = [name for name in shapes if name not in state and name.startswith(HEADS)]
     unused = [name for name in left if name.startswith(architecture.headed)]
@@ -139,6 +139,9 @@ def _told_by_weights(config: TransformerConfig, architecture: Architecture, left
         return dataclasses.replace(config, tie_embeddings="lm_head.weight" not in left)
     if architecture.model_type == "bert":
         pooled = left.keys() & {"cls.seq_relationship.weight", "bert.pooler.dense.weight"}
+        classifier = left.get("classifier.weight", left.get("qa_outputs.weight"))
+        if classifier is not None:
+            return dataclasses.replace(config, n_labels=len(classifier), label_of="text" if pooled else "token")
         return dataclasses.replace(config, next_sentence=bool(pooled))
     return config
 

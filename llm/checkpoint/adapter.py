@@ -1,0 +1,129 @@
+"""Weights of networks with an adapter: under the names of the network without one, merged into it, and apart."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from llm.checkpoint.huggingface import settings
+from llm.checkpoint.store import CheckpointError, find, read_tensors
+from llm.model import TransformerConfig, config_from
+
+PREFIX = "model."
+_BASE = ".base_layer."
+_A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a weight is the adapter's."""
+    return ".lora_" in name
+
+
+def plain(name: str) -> str:
+    """What a weight that an adapter was put around is called without it."""
+    return name.replace(_BASE, ".")
+
+
+def adapter_of(step: Path) -> dict[str, Any] | None:
+    """The settings of the adapter that a step directory was trained with; None: none."""
+    found = yaml.safe_load((step / "config.yaml").read_text()).get("adapter")
+    return found if isinstance(found, dict) else None
+
+
+def merged(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """The weights of the network without the adapter that computes the same: W + scale · B A."""
+    whole = {plain(name): weight for name, weight in state.items() if not is_adapters(name)}
+    for name, change in changes(state, scale).items():
+        whole[name] = (whole[name].float() + change).to(whole[name].dtype)
+    return whole
+
+
+def changes(state: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Name of each weight that an adapter changes -> what it adds, in float32."""
+    layers = [name.removesuffix(_A) for name in state if name.endswith(_A)]
+    return {f"{layer}.weight": scale * (state[layer + _B].float() @ state[layer + _A].float()) for layer in layers}
+
+
+def put_on(model: nn.Module, path: str | Path) -> None:
+    """Add what the adapter of a run or step directory changes to the weights of `model`, which it was trained on.
+
+    Raises:
+        CheckpointError: if the run has no adapter, or one for another network.
+    """
+    step = find(path)
+    node = adapter_of(step)
+    if node is None:
+        raise CheckpointError(f"{step}: was trained without an adapter - give a run with adapter=lora")
+    tensors = {name.removeprefix(PREFIX): weight for name, weight in read_tensors(step, PREFIX).items()}
+    weights = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, change in changes(tensors, node["alpha"] / node["r"]).items():
+            if name not in weights or weights[name].shape != change.shape:
+                raise CheckpointError(
+                    f"{step}: its adapter is for another network: {name} is not there, or of another size"
+                )
+            weights[name].add_(change.to(weights[name]))
+
+
+def write_peft(path: str | Path, out: str | Path) -> None:
+    """Write the adapter of a run or step directory as a folder that peft loads onto the model that it was trained on.
+
+    Raises:
+        CheckpointError: if `out` exists, the run has no adapter, or peft has no such layers.
+    """
+    from safetensors.torch import save_file
+
+    step, out = find(path), Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out}: is there already - give a folder that is not")
+    cfg = yaml.safe_load((step / "config.yaml").read_text())
+    node = adapter_of(step)
+    if node is None:
+        raise CheckpointError(f"{step}: was trained without an adapter - python -m llm export {path} OUT")
+    names = _theirs(config_from(cfg["model"]))
+    tensors: dict[str, Tensor] = {}
+    for name, weight in read_tensors(step, PREFIX).items():
+        if is_adapters(name):
+            layer, _, rest = name.removeprefix(PREFIX).partition(".lora_")
+            if layer not in names:
+                raise CheckpointError(
+                    f"{layer}: is no layer of its own in transformers - export the merged model instead"
+                )
+            tensors[f"base_model.model.{names[layer]}.lora_{rest.replace('.default', '')}"] = weight.contiguous()
+    about = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": cfg.get("init_from"),
+        "r": node["r"],
+        "lora_alpha": node["alpha"],
+        "lora_dropout": node["dropout"],
+        "target_modules": sorted({names[layer].rpartition(".")[2] for layer in names if _has(tensors, names[layer])}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+    }
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+    (temporary / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(out)
+
+
+def _has(tensors: Mapping[str, Tensor], layer: str) -> bool:
+    return f"base_model.model.{layer}.lora_A.weight" in tensors
+
+
+def _theirs(config: TransformerConfig) -> dict[str, str]:
+    """Our name of each linear layer that is one in transformers too -> theirs."""
+    architecture, _ = settings.to_theirs(config, 0)
+    rows = architecture.expanded(config)
+    return {row.parts[0]: row.theirs for row in rows if len(row.parts) == 1 and not row.transposed and not row.whole}

@@ -1,0 +1,111 @@
+"""LoRA: what is trained, what stays, and the same network merged, apart, and in peft's hands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.adapter import Lora
+from llm.checkpoint import CheckpointError, export_folder, load, put_on, write_peft
+from llm.config import ConfigError
+from llm.model import Transformer, TransformerConfig
+from llm.run import run
+from tests.ranks import run_on_ranks
+from tests.runs import Compose, run_composed, saved
+
+pytest.importorskip("peft")
+LLAMA = ["model.qk_norm=false", "model.norm=rms", "model.activation=swiglu", "model.dropout=0"]
+ADAPTED = [*LLAMA, "adapter=lora", "adapter.layers=[query,value,down]", "optimizer.lr=0.05"]
+TOKENS = torch.arange(12).unsqueeze(0) + 97
+
+
+def logits(model: Transformer) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval().logits(model(TOKENS))
+
+
+@pytest.fixture
+def base(compose_run: Compose, tmp_path: Path) -> Path:
+    run(compose_run(*LLAMA, "trainer.max_steps=2", "schedule.warmup_steps=0", f"run_dir={tmp_path / 'base'}"))
+    return tmp_path / "base"
+
+
+def test_it_starts_as_the_network_that_it_is_put_on() -> None:
+    config = TransformerConfig(dim=32, n_layers=2, n_heads=2, max_length=32, vocab_size=257)
+    torch.manual_seed(0)
+    model = Transformer(config)
+    before = logits(model)
+    Lora(r=4).attach(model)
+    assert torch.equal(logits(model), before)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert len(trained) == 2 * 2 * 2  # A and B, of two layers in each of two blocks
+    assert all(".lora_" in name for name in trained)
+    layer = model.blocks[0].attention.query
+    torch.nn.init.ones_(layer.lora_B["default"].weight)
+    layer.lora_B["default"].reset_parameters()
+    assert not layer.lora_B["default"].weight.any()
+
+
+def test_merged_apart_and_in_peft_it_is_the_same(compose_run: Compose, tmp_path: Path, base: Path) -> None:
+    run(compose_run(*ADAPTED, f"init_from={base}"))
+    before, after = saved(base)["state_dict"], saved(tmp_path / "run")["state_dict"]
+    kept = {name.replace(".base_layer", ""): weight for name, weight in after.items() if ".lora_" not in name}
+    assert kept.keys() == before.keys()
+    assert all(torch.equal(weight, before[name]) for name, weight in kept.items())
+    merged, _ = load(tmp_path / "run")
+    plain, _ = load(base)
+    assert (logits(merged) - logits(plain)).abs().max() > 1e-3  # it has learnt something
+    put_on(plain, tmp_path / "run")
+    torch.testing.assert_close(logits(plain), logits(merged))
+
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    export_folder(base, tmp_path / "theirs")
+    write_peft(tmp_path / "run", tmp_path / "adapter")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs")
+    adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(TOKENS).logits, logits(merged), rtol=1e-4, atol=1e-5)
+    about = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert about["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+    export_folder(tmp_path / "run", tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(whole(TOKENS).logits, logits(merged), rtol=1e-4, atol=1e-5)
+
+
+def test_an_interrupted_run_goes_on_as_it_was(compose_run: Compose, tmp_path: Path, base: Path) -> None:
+    run(compose_run(*ADAPTED, f"init_from={base}"))
+    halves = [*ADAPTED, f"init_from={base}", f"run_dir={tmp_path / 'halves'}"]
+    run(compose_run(*halves, "trainer.max_steps=3", "schedule=constant"))
+    run(compose_run(*ADAPTED, "schedule=constant", f"init_from={base}", f"run_dir={tmp_path / 'one'}"))
+    run(compose_run(*halves, "trainer.max_steps=6", "schedule=constant"))
+    one, two = (saved(tmp_path / name)["state_dict"] for name in ("one", "halves"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_the_same(
+    compose_run: Compose, tmp_path: Path, corpus: Path, cache_dir: Path, base: Path, strategy: str
+) -> None:
+    settings = [*ADAPTED, f"init_from={base}", "optimizer.lr=1e-3"]
+    run(compose_run(*settings))
+    places = [f"data.path={corpus}", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path / 'two'}"]
+    run_on_ranks(run_composed, 2, [*places, *settings, f"strategy={strategy}", "trainer.devices=2"])
+    one, two = (saved(tmp_path / name)["state_dict"] for name in ("run", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_says_why(compose_run: Compose, tmp_path: Path, base: Path) -> None:
+    with pytest.raises(ConfigError, match="adapter: changes weights that are there - init_from is null"):
+        run(compose_run("adapter=lora"))
+    with pytest.raises(ConfigError, match=r"adapter.layers=.'nothing'.: must be some of query, key"):
+        run(compose_run("adapter=lora", "adapter.layers=[nothing]", f"init_from={base}"))
+    with pytest.raises(CheckpointError, match="was trained without an adapter"):
+        put_on(load(base)[0], base)
+    with pytest.raises(CheckpointError, match="was trained without an adapter"):
+        write_peft(base, tmp_path / "out")

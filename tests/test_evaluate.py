@@ -1,0 +1,259 @@
+"""Fine-tuning from a run's weights, and evaluating it: command line, scores, predictions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.__main__ import main
+from llm.checkpoint import CheckpointError, average, export_folder, find, load, read_tensors
+from llm.checkpoint.store import steps
+from llm.config import ConfigError
+from llm.data import DataError
+from llm.evaluate import Decoding, evaluate
+from llm.generate import answer
+from llm.run import run
+from tests.runs import Compose
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
+LABELS = ["colour", "number", "animal"]
+PRETRAINED = {"_target_": "llm.model.Pretrained", "dropout": 0.0, "max_length": None}
+
+
+@pytest.fixture
+def labelled(tmp_path: Path) -> Path:
+    """Texts whose label their first word tells."""
+    kinds = [LABELS[0]] * 3 + [LABELS[1]] * 3 + [LABELS[2]] * 2
+    rows = [
+        {
+            "text": f"{WORDS[n % 8]} {WORDS[(n * 5) % 8]}",
+            "label": kinds[n % 8],
+            "label_number": LABELS.index(kinds[n % 8]),
+        }
+        for n in range(120)
+    ]
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """A word, and the same in capitals."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"low": WORDS[n % 8], "high": WORDS[n % 8].upper()}) + "\n" for n in range(160)))
+    return path
+
+
+def classifier(path: Path) -> list[str]:
+    return [
+        "model=tiny_encoder",
+        "objective=classification",
+        "tokenizer=wordpiece",
+        "tokenizer.vocab_size=120",
+        "data/tasks=classification",
+        f"data.path={path}",
+        "data.tasks.classification.labels=[colour,number,animal]",
+        "data.val_every=5",
+        "callback.sample.prompts=[]",
+        "model.dropout=0",
+        "optimizer.lr=3e-3",
+        "trainer.max_steps=40",
+        "trainer.val_check_interval=20",
+        "callback.checkpoint.every_n_train_steps=20",
+        "callback.checkpoint.save_top_k=2",
+    ]
+
+
+def capitals(path: Path) -> list[str]:
+    return [
+        "model=tiny_encoder_decoder",
+        "objective=seq2seq",
+        "data/tasks=text_to_text",
+        f"data.path={path}",
+        "data.tasks.text_to_text.source='{low}'",
+        "data.tasks.text_to_text.target='{high}'",
+        "data.val_every=7",
+        "callback.sample.prompts=[]",
+        "model.dropout=0",
+        "model.dim=64",
+        "optimizer.lr=5e-3",
+        "trainer.max_steps=150",
+        "trainer.val_check_interval=150",
+    ]
+
+
+def test_a_classifier_learns_is_evaluated_exported_and_averaged(
+    compose_run: Compose, tmp_path: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = run(compose_run(*classifier(labelled)))
+    assert outcome.metrics["val/accuracy"] == 1
+    assert outcome.metrics["val/macro_f1"] == pytest.approx(1)
+    assert outcome.metrics["val/mcc"] == pytest.approx(1)
+    main(["evaluate", str(tmp_path / "run"), "--bootstrap", "20", "--metric", "accuracy", "--metric", "classes"])
+    printed = capsys.readouterr().out
+    assert "accuracy      100.00  [100.00, 100.00]" in printed
+    assert "24 rows" in printed
+    main(["generate", str(tmp_path / "run"), "--prompt", "red red", "--prompt", "two two"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("colour ")
+    assert second.startswith("number ")
+    told = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert told[0] == {"id": f"{labelled}:5", "prediction": "number", "references": ["number"]}
+    assert json.loads((tmp_path / "run" / "predictions.scores.json").read_text())["scores"]["mcc"]["value"] == 1
+    by_number = evaluate(tmp_path / "run", ["data.tasks.classification.label=label_number"], ["accuracy"], limit=7)
+    assert (by_number.scores["accuracy"].value, len(by_number.rows)) == (100, 7)
+
+    mean_of(tmp_path)
+    as_transformers_sees_it(tmp_path)
+
+
+def mean_of(tmp_path: Path) -> None:
+    """The mean of two checkpoints, weight by weight."""
+    taken = average(tmp_path / "run", tmp_path / "mean", 2)
+    assert taken == steps(tmp_path / "run")[-2:]
+    first, second, mean = (read_tensors(path, "model.") for path in (*taken, tmp_path / "mean"))
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
+    assert evaluate(tmp_path / "mean", metrics=["accuracy"]).scores["accuracy"].value > 90
+    with pytest.raises(CheckpointError, match="has 2 checkpoints, not 3 - train with callback"):
+        average(tmp_path / "run", tmp_path / "more", 3)
+    with pytest.raises(CheckpointError, match="is there already"):
+        average(tmp_path / "run", tmp_path / "mean", 2)
+
+
+def as_transformers_sees_it(tmp_path: Path) -> None:
+    """What it is not: tiny_encoder is no architecture of theirs, and the error says what keeps it."""
+    with pytest.raises(CheckpointError, match="no architecture of Hugging Face computes"):
+        export_folder(tmp_path / "run", tmp_path / "theirs")
+
+
+def test_a_pretrained_encoder_becomes_a_classifier(compose_run: Compose, tmp_path: Path, labelled: Path) -> None:
+    """Of our own run: the body is taken, the head starts anew; and back out to transformers, with the same scores."""
+    bert = [
+        *("model=bert_base", "model.dim=32", "model.n_layers=2", "model.n_heads=2", "model.ffn_dim=64"),
+        *("model.max_length=32", "model.vocab_size=120", "model.next_sentence=false", "model.dropout=0.1"),
+    ]
+    words = ["tokenizer=wordpiece", "tokenizer.vocab_size=120", f"data.path={labelled}"]
+    base = tmp_path / "base"
+    run(compose_run(*bert, *words, "objective=masked_lm", "data/tasks=masked_lm", f"run_dir={base}"))
+    words = ["tokenizer=pretrained", f"tokenizer.path={base}", f"init_from={base}"]
+    tuned = [line for line in classifier(labelled) if not line.startswith(("model", "tokenizer"))]
+    cfg = compose_run(*tuned, *words)
+    cfg.model = PRETRAINED
+    run(cfg)
+    model, tokenizer = load(tmp_path / "run")
+    assert model.config.n_labels == 3
+    assert model.head is None
+    assert model.config.dropout == 0
+    export_folder(tmp_path / "run", tmp_path / "theirs")
+    from transformers import AutoModelForSequenceClassification
+
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "theirs").eval()
+    assert theirs.config.id2label == dict(enumerate(LABELS))
+    ids = torch.tensor([[tokenizer.cls_id, *tokenizer.encode("red two"), tokenizer.sep_id]])
+    with torch.no_grad():
+        mine = model.label_logits(model(ids)[:, 0])
+        torch.testing.assert_close(mine, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_translation_is_learnt_and_scored(compose_run: Compose, tmp_path: Path, pairs: Path) -> None:
+    run(compose_run(*capitals(pairs)))
+    found = evaluate(tmp_path / "run", metrics=["accuracy", "bleu"], decoding=Decoding(max_new_tokens=8, batch_size=3))
+    assert found.scores["accuracy"].value == 100, found.rows[:5]
+    assert len(found.rows) == 22
+    beams = evaluate(tmp_path / "run", metrics=["accuracy"], decoding=Decoding(max_new_tokens=8, n_beams=3))
+    assert beams.scores["accuracy"].value == 100
+    model, tokenizer = load(tmp_path / "run")
+    prompts = [[*tokenizer.encode(word), tokenizer.eot_id] for word in WORDS]
+    together = answer(model, tokenizer, prompts, 8, batch_size=8)
+    assert together == [answer(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
+
+
+def test_words_are_tagged(compose_run: Compose, tmp_path: Path) -> None:
+    path = tmp_path / "tagged.jsonl"
+    kinds = dict(zip(WORDS, ["colour"] * 3 + ["number"] * 3 + ["animal"] * 2, strict=True))
+    rows = [[WORDS[(n * k) % 8] for k in (1, 3, 5)] for n in range(120)]
+    path.write_text("".join(json.dumps({"tokens": row, "tags": [kinds[w] for w in row]}) + "\n" for row in rows))
+    settings = [line for line in classifier(path) if not line.startswith(("objective", "data/tasks", "data.tasks"))]
+    tags = ["objective=token_classification", "data/tasks=token_classification"]
+    tags += ["data.tasks.token_classification.labels=[colour,number,animal]"]
+    outcome = run(compose_run(*settings, *tags))
+    assert outcome.metrics["val/accuracy"] == 1
+    found = evaluate(tmp_path / "run")
+    assert found.scores["accuracy"].value == 100
+    assert found.rows[0]["prediction"] == " ".join(kinds[word] for word in rows[4])
+
+
+def test_answers_are_found_in_contexts(compose_run: Compose, tmp_path: Path) -> None:
+    """The word behind the colour that the question names, in contexts of several windows; some questions have none."""
+    path = tmp_path / "questions.jsonl"
+    colours, things = WORDS[:3], WORDS[3:]
+    rows = []
+    for n in range(240):
+        parts = [f"{colours[k]} {things[(n * (k + 2) + k) % 5]}" for k in range(3) if n % 4 or k != n % 3]
+        wanted = colours[n % 3]
+        context = " and ".join(parts)
+        at = context.find(wanted)
+        answers = [] if at < 0 else [{"text": context[at:].split()[1], "answer_start": at + len(wanted) + 1}]
+        rows.append({"question": wanted, "context": context, "answers": answers})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [line for line in classifier(path) if not line.startswith(("objective", "data/tasks", "data.tasks"))]
+    settings += ["objective=span_extraction", "data/tasks=question_answering", "trainer.max_steps=250"]
+    settings += ["data.tasks.question_answering.no_answer=true", "data.tasks.question_answering.stride=4"]
+    settings += [
+        "data.max_length=16",
+        "data.batch_size=16",
+        "data.micro_batch_size=16",
+        "trainer.val_check_interval=250",
+    ]
+    run(compose_run(*settings))
+    found = evaluate(tmp_path / "run")
+    assert found.scores["exact"].value > 90, [row for row in found.rows if row["prediction"] not in row["references"]]
+    assert {tuple(row["references"]) == () for row in found.rows} == {True, False}
+
+
+def test_what_cannot_be_evaluated_says_why(compose_run: Compose, tmp_path: Path, pairs: Path) -> None:
+    run(compose_run(*capitals(pairs), "trainer.max_steps=1", "schedule.warmup_steps=0"))
+    with pytest.raises(ConfigError, match="--metric: blue - there is none of this name - take bleu"):
+        evaluate(tmp_path / "run", metrics=["blue"])
+    with pytest.raises(ConfigError, match=r"model.dim=3: is no key of data"):
+        evaluate(tmp_path / "run", ["model.dim=3"])
+    with pytest.raises(DataError, match="no such file"):
+        evaluate(tmp_path / "run", ["data.path=nowhere.jsonl"])
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n' * 8)
+    with pytest.raises(DataError, match="no column 'low' for source"):
+        evaluate(tmp_path / "run", [f"data.path={tmp_path / 'other.jsonl'}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["objective=classification", "model=tiny_encoder"],
+            "objective: chooses a label - data.tasks .causal_lm. want tokens",
+        ),
+        (
+            ["data/tasks=text_to_text"],
+            "model.family: decoder - data.tasks .text_to_text. make rows for encoder_decoder",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_task_is_refused(compose_run: Compose, overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run(compose_run(*overrides))
+
+
+def test_a_pretrained_model_wants_weights(compose_run: Compose) -> None:
+    cfg = compose_run()
+    cfg.model = PRETRAINED
+    with pytest.raises(ConfigError, match="model: pretrained - is that of the weights to start from - set init_from="):
+        run(cfg)
+
+
+def test_find_is_not_fooled(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        find(tmp_path)
