@@ -138,7 +138,7 @@ def _print(summary: dict[str, Any], samples: list[str], run_dir: Path) -> None:
 
 def _table(summary: dict[str, Any]) -> Table:
     """The model below what it has to beat, in each unit that the run has."""
-    units = {"loss": "nats per token", "bits_per_byte": "bits per byte"}
+    units = {"loss": f"nats per {_unit(summary)}", "bits_per_byte": "bits per byte"}
     units = {unit: title for unit, title in units.items() if f"val/{unit}" in summary}
     table = Table("held-out text", *units.values())
     for name in dict.fromkeys(key.partition("/")[0] for key in summary["baselines"]):
@@ -149,18 +149,28 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def _findings(summary: dict[str, Any]) -> list[str]:
-    """What else was validated: the loss of each task, and how well pairs are told apart."""
+    """What else was validated: the loss of each task, how often answers are right, and how well pairs are told apart."""
     prefix = "val/loss/"
     lines = [
-        f"{name.removeprefix(prefix)}: {_number(value, '.3f')} nats per token"
+        f"{name.removeprefix(prefix)}: {_number(value, '.3f')} nats per {_unit(summary)}"
         for name, value in summary.items()
         if name.startswith(prefix)
     ]
+    told = {"accuracy": ".1%", "macro_f1": ".3f", "mcc": ".3f", "margin": ".3f"}
+    found = [
+        f"{name} {_number(summary[f'val/{name}'], form)}" for name, form in told.items() if f"val/{name}" in summary
+    ]
+    lines += [", ".join(found)] if found else []
     accuracy, n_pairs = summary.get("val/next_sentence_accuracy"), summary.get("val/next_sentence_pairs")
     if accuracy is not None and n_pairs:
         low, high = wilson_interval(accuracy, n_pairs)
         lines.append(f"next sentence: {accuracy:.1%} of {n_pairs:,.0f} pairs right (95 %: {low:.1%} to {high:.1%})")
     return lines
+
+
+def _unit(summary: dict[str, Any]) -> str:
+    """What a loss is the mean over."""
+    return "answer" if "val/accuracy" in summary else "token"
 
 
 def _headline(summary: dict[str, Any]) -> str:
