@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
+    from torch import Generator
 
     from llm.model import Transformer
     from llm.tokenizer import Tokenizer
@@ -48,12 +50,13 @@ def prepare(arguments: Sequence[str]) -> None:
     prepare_data(cfg)
 
 
-def generate(arguments: Sequence[str]) -> None:
-    """Complete prompts with the model of a run: continue them, or fill their [MASK] or <extra_id_0>, <extra_id_1> …, or
-    say which label they have."""
+def _generate_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = _Parser("python -m llm generate", description=generate.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
     parser.add_argument("--prompt", action="append", help="text to complete; may be given several times")
+    parser.add_argument("--file", type=Path, help="a prompt in each line; a JSON line with prompt and text for each")
+    parser.add_argument("--chat", action="store_true", help="talk: what you write, line by line, is answered")
+    parser.add_argument("--system", help="with --chat: what the system says first")
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--top-k", type=int, default=None, help="draw from the k likeliest tokens")
@@ -62,30 +65,74 @@ def generate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--n-beams", type=int, default=1, help="more than 1 search for the likeliest text")
     parser.add_argument("--alpha", type=float, default=0.6, help="with beams, how much longer texts are favoured")
+    parser.add_argument("--stop", action="append", default=[], help="a text at which what is written ends")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", metavar="RUN", help="run with adapter=lora that began with this one's weights")
-    options = parser.parse_args(list(arguments))
+    return parser.parse_args(list(arguments))
+
+
+def generate(arguments: Sequence[str]) -> None:
+    """Complete prompts with the model of a run: continue them, or fill their [MASK] or <extra_id_0>, <extra_id_1> …, or
+    say which label they have; or talk with it."""
+    options = _generate_options(arguments)
     import torch
 
     from llm.checkpoint import load, put_on
     from llm.config import ConfigError
-    from llm.generate import complete
 
     model, tokenizer = load(options.run)
     if options.adapter is not None:
         put_on(model, options.adapter)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator(device).manual_seed(options.seed)
-    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "n_beams", "alpha")}
+    model = model.to(device)
     prompts = options.prompt or [""]
-    if model.config.n_labels is not None:
-        print("\n".join(_labelled(model.to(device), tokenizer, options.run, prompts)))
-        return
+    if options.file is not None:
+        prompts = options.file.read_text(encoding="utf-8").splitlines()
     try:
-        texts = complete(model.to(device), tokenizer, prompts, options.max_new_tokens, generator=generator, **settings)
+        if model.config.n_labels is not None:
+            print("\n".join(_labelled(model, tokenizer, options.run, prompts)))
+        elif options.chat:
+            _chat(model, tokenizer, options, torch.Generator(device).manual_seed(options.seed))
+        else:
+            _complete(model, tokenizer, prompts, options, torch.Generator(device).manual_seed(options.seed))
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+
+
+def _complete(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[str], options: argparse.Namespace, generator: Generator
+) -> None:
+    """Print the text of each prompt; of those of a file as JSON lines."""
+    from llm.generate import complete, until
+
+    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "n_beams", "alpha")}
+    texts = complete(model, tokenizer, prompts, options.max_new_tokens, generator=generator, **settings)
+    texts = [until(text, options.stop) for text in texts]
+    if options.file is not None:
+        pairs = zip(prompts, texts, strict=True)
+        texts = [json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) for prompt, text in pairs]
     print("\n".join(texts))
+
+
+def _chat(model: Transformer, tokenizer: Tokenizer, options: argparse.Namespace, generator: Generator) -> None:
+    """Answer what is typed, until the end of the input."""
+    from llm.talk import talk
+
+    drawing = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")} | {"generator": generator}
+    write = partial(print, end="", flush=True)
+    length = options.max_new_tokens
+    talk(model, tokenizer, _lines(), write, system=options.system, max_new_tokens=length, **drawing)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, until the end of the input."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
 
 
 def _labelled(model: Transformer, tokenizer: Tokenizer, run: str, prompts: list[str]) -> list[str]:
@@ -109,7 +156,8 @@ def _labelled(model: Transformer, tokenizer: Tokenizer, run: str, prompts: list[
 
 
 def evaluate(arguments: Sequence[str]) -> None:
-    """Score a run on the held-out rows of its data by its task's metrics (docs/evaluation.md)."""
+    """Score a run on held-out rows of its data, or all of data.path=FILE, by a task's metrics (docs/finetuning.md):
+    that of its training, or task=NAME of conf/data/tasks."""
     parser = _Parser("python -m llm evaluate", description=evaluate.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
     parser.add_argument(
@@ -124,14 +172,27 @@ def evaluate(arguments: Sequence[str]) -> None:
         "--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N drawings of the rows"
     )
     parser.add_argument("--limit", type=int, help="so many rows at most")
+    parser.add_argument("--run-programs", action="store_true", help="task=code: run what the model writes, with limits")
     parser.add_argument("--out", type=Path, help="where predictions go (default RUN/predictions.jsonl)")
     options, overrides = parser.parse_known_args(list(arguments))
-    from llm.evaluate import Decoding, table
+    chosen = [override for override in overrides if override.startswith("task=")]
+    overrides = [override for override in overrides if override not in chosen]
+    from llm.evaluate import Decoding, table, task_from
     from llm.evaluate import evaluate as scored
 
     names = ("max_new_tokens", "batch_size", "n_beams", "alpha", "temperature")
     decoding = Decoding(**{name: getattr(options, name) for name in names})
-    found = scored(options.run, overrides, options.metric, decoding, n_bootstrap=options.bootstrap, limit=options.limit)
+    task = task_from(CONF / "data" / "tasks", chosen[-1].removeprefix("task=")) if chosen else None
+    found = scored(
+        options.run,
+        overrides,
+        task,
+        options.metric,
+        decoding,
+        n_bootstrap=options.bootstrap,
+        limit=options.limit,
+        run_programs=options.run_programs,
+    )
     out = options.out or Path(options.run) / "predictions.jsonl"
     found.write(out)
     print(f"{table(found)}\n{out}: every prediction; {out.with_suffix('.scores.json').name}: the scores")

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from llm.build import built
 from llm.checkpoint import find, load
-from llm.config import ConfigError
-from llm.data import Classify, DataError, ExtractSpan, Supervised, Tag, TextData
+from llm.config import ConfigError, check
+from llm.data import Classify, DataError, ExtractSpan, Supervised, Tag, TextData, WriteCode
 from llm.data.example import IGNORED, Fields
+from llm.data.likelihood import Likelihoods
 from llm.data.supervised import BadRowError, Read
 from llm.generate import answer
 from llm.generate.classify import extract, label_scores
-from llm.metric import METRICS, Score
+from llm.generate.score import likelihoods
+from llm.metric import METRICS, Score, mean
+from llm.metric.code import verdicts
 from llm.model import Transformer
 from llm.tokenizer import Tokenizer
 
@@ -61,40 +67,66 @@ class Evaluation:
 def evaluate(
     run: str | Path,
     overrides: Sequence[str] = (),
+    task_node: Mapping[str, Any] | None = None,
     metrics: Sequence[str] = (),
     decoding: Decoding | None = None,
     *,
     n_bootstrap: int = 0,
     limit: int | None = None,
+    run_programs: bool = False,
 ) -> Evaluation:
-    """Score a run or step directory on the held-out rows of its data, or on those that `overrides` of `data.*` name.
+    """Score a run or step directory on the held-out rows of its data, or on all of the files that `data.path=…` among
+    the `overrides` names.
 
     Args:
+        task_node: what is done with the rows, as a file of conf/data/tasks has it; None: what the run was trained for.
         metrics: names in llm.metric.METRICS; none: those of the task.
         n_bootstrap: how often the rows are drawn again for intervals; 0: no intervals.
         limit: so many rows at most.
+        run_programs: whether programs that the model has written may be run, with limits, as this process's user.
 
     Raises:
         ConfigError: for a key that is none, a metric that is none, and data without a supervised task.
         DataError, CheckpointError: see there.
     """
     step = find(run)
-    cfg = _overridden(OmegaConf.load(step / "config.yaml"), overrides)
+    cfg = _overridden(OmegaConf.load(step / "config.yaml"), task_node, overrides)
     data: TextData = built(cfg.data)
     name, task = _task(data)
     unknown = [metric for metric in metrics if metric not in METRICS]
     if unknown:
         raise ConfigError([f"--metric: {unknown[0]} - there is none of this name - take {', '.join(METRICS)}"])
     if not (metrics or task.metrics):
-        raise ConfigError(
-            [f"data.tasks.{name}: is measured by val/accuracy - train.py stage=validate resume={run} says it"]
-        )
+        raise ConfigError([f"data.tasks.{name}: is measured by val/accuracy - stage=validate resume={run} says it"])
+    if isinstance(task, WriteCode) and not run_programs:
+        raise ConfigError([f"data.tasks.{name}: runs programs that a model has written, as you - add --run-programs"])
     model, tokenizer = load(step)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     task.check(name, tokenizer)
     found = Evaluation()
+    reads = _read(data, task, found, limit, everything=_names_files(overrides))
+    if not reads:
+        raise DataError(f"nothing to evaluate on: no row is an example of data.tasks.{name}")
+    decoding = decoding or Decoding()
+    if isinstance(task, Likelihoods):
+        told, found.scores = _likely(model, tokenizer, task, reads, decoding.batch_size, n_bootstrap)
+    elif isinstance(task, WriteCode):
+        told, found.scores = _judged(task, reads, _predicted(model, tokenizer, task, reads, decoding), n_bootstrap)
+    else:
+        predictions = _predicted(model, tokenizer, task, reads, decoding)
+        told = [{"prediction": prediction} for prediction in predictions]
+        references = [task.references(read) for read in reads]
+        for metric in metrics or task.metrics:
+            found.scores |= METRICS[metric](predictions, references, n_bootstrap)
+    for row, more, read in zip(found.rows, told, reads, strict=True):
+        row |= {**more, "references": task.references(read)}
+    return found
+
+
+def _read(data: TextData, task: Supervised, found: Evaluation, limit: int | None, *, everything: bool) -> list[Read]:
+    """What the task makes of each row; what is no example is counted, or refused."""
     reads: list[Read] = []
-    for row, where in data.held_out():
+    for row, where in data.held_out(everything=everything):
         if limit is not None and len(reads) >= limit:
             break
         try:
@@ -105,15 +137,18 @@ def evaluate(
             found.skipped[error.rule] += 1
             continue
         found.rows.append({"id": where})
-    if not reads:
-        raise DataError(f"nothing to evaluate on: no held-out row is an example of data.tasks.{name}")
-    predictions = _predicted(model, tokenizer, task, reads, decoding or Decoding())
-    references = [task.references(read) for read in reads]
-    for told, prediction, good in zip(found.rows, predictions, references, strict=True):
-        told |= {"prediction": prediction, "references": good}
-    for metric in metrics or task.metrics:
-        found.scores |= METRICS[metric](predictions, references, n_bootstrap)
-    return found
+    return reads
+
+
+def task_from(folder: Path, name: str) -> dict[str, Any]:
+    """The task of a file of conf/data/tasks. Raises ConfigError if there is none of this name."""
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise ConfigError([f"task={name} - there is none of this name - take {known}"])
+    node = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
 
 
 def table(found: Evaluation) -> str:
@@ -140,7 +175,54 @@ def _predicted(
     if isinstance(task, ExtractSpan):
         return extract(model, tokenizer, task, reads, decoding.batch_size)
     prompts = [task.prompt_of(read, tokenizer) for read in reads]
-    return answer(model, tokenizer, prompts, **vars(decoding))
+    stop = task.stop if isinstance(task, WriteCode) else ()
+    answers = answer(model, tokenizer, prompts, stop=stop, **vars(decoding))
+    return answers if stop else [text.strip() for text in answers]
+
+
+def _likely(
+    model: Transformer, tokenizer: Tokenizer, task: Likelihoods, reads: list[Read], batch_size: int, n_bootstrap: int
+) -> tuple[list[dict[str, Any]], dict[str, Score]]:
+    """What is told of each row, and the scores, in per cent: `accuracy`, of the candidate with the most likely
+    continuation; `accuracy_norm`, by nats for each byte of it; of a single candidate how often every token was the
+    likeliest, and `perplexity` of its tokens.
+    """
+    texts = [candidate for read in reads for candidate in task.candidates(read)]
+    contexts = tokenizer.encode_batch([context for context, _ in texts])
+    ends = tokenizer.encode_batch([continuation for _, continuation in texts])
+    pairs = [
+        ([tokenizer.start_id, *context.tolist()], end.tolist()) for context, end in zip(contexts, ends, strict=True)
+    ]
+    scored = iter(likelihoods(model, pairs, tokenizer.pad_id, batch_size))
+    told: list[dict[str, Any]] = []
+    right: dict[str, list[float]] = {"accuracy": [], "accuracy_norm": []}
+    nats = n_tokens = 0.0
+    for read in reads:
+        candidates, gold = task.candidates(read), read.rest[1]
+        found = [next(scored) for _ in candidates]
+        nats, n_tokens = nats + found[gold].nats, n_tokens + found[gold].n_tokens
+        if len(candidates) == 1:
+            right["accuracy"].append(100.0 * found[0].greedy)
+            told.append({"nats": found[0].nats, "prediction": found[0].greedy})
+            continue
+        total = [one.nats for one in found]
+        by_byte = [one.nats / len(text.strip().encode()) for one, (_, text) in zip(found, candidates, strict=True)]
+        right["accuracy"].append(100.0 * (total.index(min(total)) == gold))
+        right["accuracy_norm"].append(100.0 * (by_byte.index(min(by_byte)) == gold))
+        told.append({"nats": total, "prediction": total.index(min(total)), "gold": gold})
+    scores = {name: mean(values, n_bootstrap) for name, values in right.items() if values}
+    if not right["accuracy_norm"]:
+        scores["perplexity"] = Score(math.exp(nats / n_tokens))
+    return told, scores
+
+
+def _judged(
+    task: WriteCode, reads: list[Read], completions: list[str], n_bootstrap: int
+) -> tuple[list[dict[str, Any]], dict[str, Score]]:
+    """Run every program; `pass@1` is how many do what their tests want, in per cent."""
+    found = verdicts([task.program_of(read, text) for read, text in zip(reads, completions, strict=True)])
+    told = [{"prediction": text, "verdict": verdict} for text, verdict in zip(completions, found, strict=True)]
+    return told, {"pass@1": mean([100.0 * (verdict == "passed") for verdict in found], n_bootstrap)}
 
 
 def _tagged(task: Tag, example: Fields, scores: Tensor) -> str:
@@ -158,8 +240,8 @@ def _task(data: TextData) -> tuple[str, Supervised]:
     return found[0]
 
 
-def _overridden(cfg: Any, overrides: Sequence[str]) -> DictConfig:
-    """The run's configuration with other keys of `data`."""
+def _overridden(cfg: Any, task_node: Mapping[str, Any] | None, overrides: Sequence[str]) -> DictConfig:
+    """The run's configuration with another task, and other keys of `data`, written as for train.py."""
     mistakes = [
         f"{override}: is no key of data - give data.…=VALUE; the model is that of the checkpoint"
         for override in overrides
@@ -167,9 +249,22 @@ def _overridden(cfg: Any, overrides: Sequence[str]) -> DictConfig:
     ]
     if mistakes:
         raise ConfigError(mistakes)
+    assert isinstance(cfg, DictConfig)
+    if task_node is not None:
+        cfg.data.tasks = task_node
+    if _names_files(overrides):
+        cfg.data.sources = None
     try:
-        merged = OmegaConf.merge(cfg, OmegaConf.from_dotlist(list(overrides)))
-    except OmegaConfBaseException as error:
+        for parsed in OverridesParser.create().parse_overrides(list(overrides)):
+            OmegaConf.update(cfg, parsed.key_or_group, parsed.value(), merge=True)
+    except (OmegaConfBaseException, OverrideParseException) as error:
         raise ConfigError([f"{' '.join(overrides)}: {str(error).splitlines()[0]}"]) from error
-    assert isinstance(merged, DictConfig)
-    return merged
+    # Of the run that it was, written out: of no consequence here, and perhaps not there.
+    cfg.resume, cfg.callback, cfg.logger = "auto", {}, {}
+    cfg.trainer.callbacks, cfg.trainer.logger = "${oc.dict.values:callback}", "${oc.dict.values:logger}"
+    check(cfg)
+    return cfg
+
+
+def _names_files(overrides: Sequence[str]) -> bool:
+    return any(override.startswith("data.path=") for override in overrides)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from llm.__main__ import main
+from llm.__main__ import COMMANDS, CONF, main
 from llm.checkpoint import CheckpointError, average, export_folder, find, load, read_tensors
 from llm.checkpoint.store import steps
 from llm.config import ConfigError
 from llm.data import DataError
-from llm.evaluate import Decoding, evaluate
-from llm.generate import answer
+from llm.data.chat import opened
+from llm.evaluate import Decoding, evaluate, task_from
+from llm.generate import answer, generate
 from llm.run import run
+from llm.talk import talk
 from tests.runs import Compose
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
 LABELS = ["colour", "number", "animal"]
+TASKS = CONF / "data" / "tasks"
 PRETRAINED = {"_target_": "llm.model.Pretrained", "dropout": 0.0, "max_length": None}
 
 
@@ -104,7 +109,9 @@ def test_a_classifier_learns_is_evaluated_exported_and_averaged(
     told = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert told[0] == {"id": f"{labelled}:5", "prediction": "number", "references": ["number"]}
     assert json.loads((tmp_path / "run" / "predictions.scores.json").read_text())["scores"]["mcc"]["value"] == 1
-    by_number = evaluate(tmp_path / "run", ["data.tasks.classification.label=label_number"], ["accuracy"], limit=7)
+    by_number = evaluate(
+        tmp_path / "run", ["data.tasks.classification.label=label_number"], metrics=["accuracy"], limit=7
+    )
     assert (by_number.scores["accuracy"].value, len(by_number.rows)) == (100, 7)
 
     mean_of(tmp_path)
@@ -222,11 +229,108 @@ def test_what_cannot_be_evaluated_says_why(compose_run: Compose, tmp_path: Path,
         evaluate(tmp_path / "run", metrics=["blue"])
     with pytest.raises(ConfigError, match=r"model.dim=3: is no key of data"):
         evaluate(tmp_path / "run", ["model.dim=3"])
+    with pytest.raises(ConfigError, match="task=clozes - there is none of this name - take causal_lm, classification"):
+        main_raising(["evaluate", str(tmp_path / "run"), "task=clozes"])
     with pytest.raises(DataError, match="no such file"):
         evaluate(tmp_path / "run", ["data.path=nowhere.jsonl"])
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n' * 8)
     with pytest.raises(DataError, match="no column 'low' for source"):
         evaluate(tmp_path / "run", [f"data.path={tmp_path / 'other.jsonl'}"])
+
+
+def main_raising(arguments: list[str]) -> None:
+    """A command without what turns its errors into exit codes."""
+    COMMANDS[arguments[0]](arguments[1:])
+
+
+def test_texts_are_compared_by_likelihood(
+    compose_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Choices, contexts to choose, and endings, against sums of the network's own log-probabilities."""
+    run(compose_run("trainer.max_steps=3", "model.max_length=64", "data.max_length=32"))
+    model, tokenizer = load(tmp_path / "run")
+
+    def nats(context: str, end: str) -> float:
+        before, after = [tokenizer.start_id, *tokenizer.encode(context)], tokenizer.encode(end)
+        with torch.no_grad():
+            table = model.logits(model(torch.tensor([[*before, *after]])))[0].log_softmax(-1)
+        return -sum(table[len(before) - 1 + at, token].item() for at, token in enumerate(after))
+
+    rows = [{"query": f"the {w}", "choices": ["cat", "dogs run", w * 2], "gold": n % 3} for n, w in enumerate(WORDS)]
+    path = tmp_path / "choices.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = evaluate(tmp_path / "run", [f"data.path={path}"], task_from(TASKS, "multiple_choice"), n_bootstrap=10)
+    totals = [[nats(row["query"], f" {choice}") for choice in row["choices"]] for row in rows]
+    for told, total in zip(found.rows, totals, strict=True):
+        assert told["nats"] == pytest.approx(total, abs=1e-3)
+    right = [total.index(min(total)) == row["gold"] for total, row in zip(totals, rows, strict=True)]
+    assert found.scores["accuracy"].value == pytest.approx(100 * sum(right) / 8)
+    by_byte = [
+        [n / len(c) for n, c in zip(total, row["choices"], strict=True)]
+        for total, row in zip(totals, rows, strict=True)
+    ]
+    right = [one.index(min(one)) == row["gold"] for one, row in zip(by_byte, rows, strict=True)]
+    assert found.scores["accuracy_norm"].value == pytest.approx(100 * sum(right) / 8)
+
+    contexts = [{"options": ["the cat", "a dog"], "end": "runs", "gold": n % 2} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in contexts))
+    settings = [f"data.path={path}"]
+    settings += [
+        f"data.tasks.multiple_choice.{key}" for key in ("choices=options", "context='{choice}'", "continuation='{end}'")
+    ]
+    found = evaluate(tmp_path / "run", settings, task_from(TASKS, "multiple_choice"))
+    assert found.rows[0]["nats"] == pytest.approx([nats("the cat", " runs"), nats("a dog", " runs")], abs=1e-3)
+
+    endings = [{"context": f"the {word}", "continuation": word} for word in WORDS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in endings))
+    main(["evaluate", str(tmp_path / "run"), "task=cloze", f"data.path={path}"])
+    printed = capsys.readouterr().out
+    n_tokens = sum(len(tokenizer.encode(f" {word}")) for word in WORDS)
+    perplexity = math.exp(sum(nats(f"the {word}", f" {word}") for word in WORDS) / n_tokens)
+    assert f"perplexity  {perplexity:8.2f}" in printed
+
+
+def test_programs_are_run_when_that_is_allowed(compose_run: Compose, tmp_path: Path) -> None:
+    """Whatever an untrained model writes: the right program is given away by the prompt, or the tests want nothing."""
+    run(compose_run("trainer.max_steps=1", "schedule.warmup_steps=0", "model.max_length=64"))
+    rows = [
+        {"prompt": "def f():\n    return 1\n#", "test": "def check(f):\n    assert f() == 1", "entry_point": "f"},
+        {"prompt": "def f():\n    return 2\n#", "test": "def check(f):\n    assert f() == 1", "entry_point": "f"},
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = task_from(TASKS, "code")
+    task["code"]["stop"] = ["\n", "\r", "\0", "\f"]
+    with pytest.raises(ConfigError, match="runs programs that a model has written, as you - add --run-programs"):
+        evaluate(tmp_path / "run", [f"data.path={path}"], task)
+    decoding = Decoding(max_new_tokens=4)
+    found = evaluate(tmp_path / "run", [f"data.path={path}"], task, decoding=decoding, run_programs=True)
+    assert found.scores["pass@1"].value == 50
+    assert [row["verdict"] for row in found.rows] == ["passed", "failed: AssertionError"]
+
+
+def test_it_talks(
+    compose_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is streamed is what the whole text would be, and a long conversation forgets its beginning."""
+    run(compose_run("trainer.max_steps=4", "model.max_length=96", "data.max_length=32"))
+    model, tokenizer = load(tmp_path / "run")
+    written: list[str] = []
+    turns = talk(model, tokenizer, ["hi", "and then " * 6], written.append, max_new_tokens=12, temperature=0)
+    assert [turn.role for turn in turns][-2:] == ["user", "assistant"]
+    ids = opened([turns[-2]], tokenizer)
+    assert len(turns) == 2  # the first two are forgotten
+    tokens = generate(model, torch.tensor([ids]), 12, temperature=0, eos_id=tokenizer.eot_id)[0, len(ids) :]
+    assert turns[-1].content == tokenizer.decode(tokens.tolist(), skip_special=True).strip()
+    assert "".join(written).strip().endswith(turns[-1].content)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nwho\n"))
+    main(["generate", str(tmp_path / "run"), "--chat", "--max-new-tokens", "5", "--temperature", "0"])
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    capsys.readouterr()
+    main(["generate", str(tmp_path / "run"), "--file", str(tmp_path / "prompts.txt"), "--max-new-tokens", "5"])
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["prompt"] for one in told] == ["a", "b"]
+    assert all(one["text"].startswith(one["prompt"]) for one in told)
 
 
 @pytest.mark.parametrize(

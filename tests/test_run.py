@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -223,16 +224,16 @@ def test_the_command_line(corpus: Path, cache_dir: Path, tmp_path: Path) -> None
     end = {"code": 0, "cause": "finished", "step": 2, "max_steps": 2}
     assert json.loads((tmp_path / "runs/a/exit.json").read_text()) == end
 
-    again = train(*places, cwd=tmp_path)
+    (tmp_path / "file").write_text("")
+    others = [[], ["resume=never"], ["data.path=nowhere.jsonl", "run_name=b"], [f"run_dir={tmp_path / 'file' / 'run'}"]]
+    with ThreadPoolExecutor() as pool:  # each loads everything, and waits for the disk meanwhile
+        ended = list(pool.map(lambda more: train(*places, *more, cwd=tmp_path), others))
+    again, never, absent, unwritable = ended
     assert (again.returncode, "finished already, at step 2" in again.stdout) == (0, True)
-    never = train(*places, "resume=never", cwd=tmp_path)
     assert (never.returncode, never.stdout) == (73, "")
     assert never.stderr.count("\n") == 1
-    absent = train(*places, "data.path=nowhere.jsonl", "run_name=b", cwd=tmp_path)
     assert (absent.returncode, absent.stderr.count("\n")) == (65, 1)
     assert "nowhere.jsonl" in absent.stderr
-    (tmp_path / "file").write_text("")
-    unwritable = train(*places, f"run_dir={tmp_path / 'file' / 'run'}", cwd=tmp_path)
     assert (unwritable.returncode, unwritable.stderr.count("\n")) == (74, 1)
     assert "cannot be made (Not a directory) - give another run_dir" in unwritable.stderr
 

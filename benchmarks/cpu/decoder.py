@@ -26,7 +26,7 @@ from llm.machine import multiplies_bfloat16
 
 ORDER = 2
 # name: width, layers, heads, steps of a round
-SIZES = {"0.8M": (128, 4, 4, 40), "2.6M": (192, 6, 6, 20), "10.7M": (384, 6, 6, 10)}
+SIZES = {"0.8M": (128, 4, 4, 24), "2.6M": (192, 6, 6, 12), "10.7M": (384, 6, 6, 6)}
 TINY = {"tiny": (32, 2, 2, 2)}
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed"}
 # How far apart the losses of the first twenty steps may be. In bfloat16 a number has 8 bits: losses of 5 are rounded by

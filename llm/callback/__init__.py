@@ -2,6 +2,7 @@
 
 from llm.callback.checkpoint import Checkpoint
 from llm.callback.due_validation import DueValidation
+from llm.callback.evaluate import Evaluate
 from llm.callback.garbage import Garbage
 from llm.callback.ledger import Ledger
 from llm.callback.metrics import Metrics
@@ -15,6 +16,7 @@ from llm.callback.watchdog import Watchdog
 __all__ = [
     "Checkpoint",
     "DueValidation",
+    "Evaluate",
     "Garbage",
     "Ledger",
     "Metrics",

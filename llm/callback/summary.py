@@ -149,7 +149,7 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def _findings(summary: dict[str, Any]) -> list[str]:
-    """What else was validated: the loss of each task, how often answers are right, and how well pairs are told apart."""
+    """What else was validated: the loss of each task, how often answers are right, how well pairs are told apart."""
     prefix = "val/loss/"
     lines = [
         f"{name.removeprefix(prefix)}: {_number(value, '.3f')} nats per {_unit(summary)}"

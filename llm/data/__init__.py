@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import Any
 
 from llm.data.labelling import Classify, ExtractSpan, Tag
+from llm.data.likelihood import Choose, Cloze
 from llm.data.source import DataError, Files, Hub, Lines, Source, StandardLibrary
 from llm.data.supervised import Supervised
 from llm.data.task import FillInTheMiddle, Masking, NextToken, SpanDenoising, Task
-from llm.data.writing import Dialogue, Preference, Prompted, TextToText
+from llm.data.writing import Dialogue, Preference, Prompted, TextToText, WriteCode
 
 # These load torch or lightning, which a config mistake must not wait for.
 _HOMES = {
@@ -16,7 +17,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "Choose",
     "Classify",
+    "Cloze",
     "DataError",
     "Dialogue",
     "ExtractSpan",
@@ -35,6 +38,7 @@ __all__ = [
     "Tag",
     "Task",
     "TextToText",
+    "WriteCode",
     *_HOMES,
 ]
 

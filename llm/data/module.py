@@ -211,9 +211,12 @@ class TextData(LightningDataModule):
                 report.setdefault(part.source, {})[part.task] = rows_report(rows)
         return report
 
-    def held_out(self) -> Iterator[tuple[Row, str]]:
-        """The held-out rows of all sources, and where each is; nothing needs to be prepared."""
+    def held_out(self, *, everything: bool = False) -> Iterator[tuple[Row, str]]:
+        """The held-out rows of all sources, or all there are, and where each is; nothing needs to be prepared."""
         for source in self.sources.values():
+            if everything:
+                yield from source.rows()
+                continue
             own = source.validation()
             if own is None and self.val_every is None:
                 raise DataError(

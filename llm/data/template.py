@@ -38,7 +38,8 @@ class Template:
         return [name for _, name, _, _ in Formatter().parse(self.text) if name]
 
     def fill(self, row: Row, where: str) -> str:
-        """The text of a row; null is no text. Raises DataError: no such column, or a list or an object in it."""
+        """The text of a row; null is no text, texts in a list stand below each other. Raises DataError: no such column,
+        or something else in it."""
         values = {name: _text(row, name, where, self.key) for name in self.columns}
         return self.text.format_map(values)
 
@@ -59,4 +60,6 @@ def _text(row: Row, column: str, where: str, key: str) -> str:
         return ""
     if isinstance(value, str | int | float):
         return str(value)
+    if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
+        return "\n".join(value)
     raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text; name another one in {key}")

@@ -188,6 +188,55 @@ class Dialogue(Supervised):
 
 
 @dataclass(frozen=True)
+class WriteCode(Supervised):
+    """A program from a prompt, judged by running its tests (Chen et al. 2021, arXiv:2107.03374), by a decoder. It is
+    not trained on: there is no one right answer.
+
+    prompt    a text with columns in braces
+    program   what is run to judge it: a text with columns in braces, and {completion}, what the model has written
+    stop      where one of these begins, what is written is no part of it any more
+    """
+
+    prompt: str = "{prompt}"
+    program: str = "{prompt}{completion}\n{test}\ncheck({entry_point})\n"
+    stop: Sequence[str] = ("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\nassert")
+    bad_rows: BadRows = "refuse"
+    weight: Annotated[float, Gt(0)] = 1.0
+    family: ClassVar[str] = "decoder"
+    fields: ClassVar[tuple[str, ...]] = ("tokens", "labels")
+    metrics: ClassVar[tuple[str, ...]] = ("pass@1",)
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+        if "completion" not in self.templates[1].columns:
+            raise ValueError(f"program={self.program!r}: must hold {{completion}}, what the model has written")
+
+    @property
+    def templates(self) -> tuple[Template, Template]:
+        """Of the prompt and of the program."""
+        return Template("prompt", self.prompt), Template("program", self.program)
+
+    def read(self, row: Row, where: str) -> Read:
+        prompt, program = self.templates
+        program.fill(row | {"completion": ""}, where)  # now, not after hours of generating
+        return Read([prompt.fill(row, where)], (row, where))
+
+    def program_of(self, read: Read, completion: str) -> str:
+        """What is run to judge a completion."""
+        row, where = read.rest
+        return self.templates[1].fill(row | {"completion": completion}, where)
+
+    def examples(self, read: Read, encoded: list[Any], widths: Widths, tokenizer: Tokenizer) -> list[Example] | str:
+        return "programs are judged, not trained on"
+
+    def prompt_of(self, read: Read, tokenizer: Tokenizer) -> list[int]:
+        return [tokenizer.start_id, *tokenizer.encode(read.texts[0])]
+
+    def references(self, read: Read) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
 class Preference(Supervised):
     """Of two answers to a prompt the better one, by a decoder (Rafailov et al. 2023, arXiv:2305.18290).
 

@@ -29,6 +29,7 @@ def answer(
     n_beams: int = 1,
     alpha: float = 0.6,
     generator: torch.Generator | None = None,
+    stop: Sequence[str] = (),
     agree: Callable[[Tensor], Tensor] = as_chosen,
 ) -> list[str]:
     """What the model writes for each input, without it: an encoder-decoder's target of a source, a decoder's text
@@ -40,6 +41,7 @@ def answer(
         inputs: the tokens of each; where they leave no room, a source is cut before its last token, and a prompt at its
             beginning.
         batch_size: inputs at once.
+        stop: where one of these texts begins, an answer ends.
         temperature: 0 takes the likeliest token; it and what follows as in `generate` and `beam_search`.
     """
     drawing: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator}
@@ -62,5 +64,11 @@ def answer(
             found = decode(model, tokens, max_new_tokens, eos_id=tokenizer.eot_id, padding=padding, agree=agree)
             n_read = tokens.shape[1]
         for index, row in zip(batch, found[:, n_read:].tolist(), strict=True):
-            texts[index] = tokenizer.decode(row, skip_special=True).strip()
+            texts[index] = until(tokenizer.decode(row, skip_special=True), stop)
     return texts
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """What comes before the first of these."""
+    ends = [at for one in stop if (at := text.find(one)) >= 0]
+    return text[: min(ends, default=len(text))]

@@ -87,7 +87,8 @@ def test_a_missing_column_is_named_with_the_nearest() -> None:
     with pytest.raises(DataError, match=r"here: no column 'ens' for source; it has 'en', 'de' - did you mean 'en'\?"):
         Template("source", "{ens}").fill({"en": "a", "de": "b"}, "here")
     with pytest.raises(DataError, match="holds list, not text"):
-        Template("source", "{en}").fill({"en": []}, "here")
+        Template("source", "{en}").fill({"en": [1]}, "here")
+    assert Template("source", "{en}.").fill({"en": ["a", "b"]}, "here") == "a\nb."
 
 
 # Examples
