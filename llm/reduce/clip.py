@@ -16,11 +16,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     No host sync.
 
     Gradients may be spread over processes, and not all of them in the same way: torch's own function stacks the norms
-    of all parameters, which is refused across meshes. In a process alone they are plain, on one device, and nothing has
-    to be sorted first.
+    of all parameters, which is refused across meshes. Plain ones, on one device, have not to be sorted first.
     """
-    if not distributed():
-        return _clip_plain([p.grad for p in parameters if p.grad is not None], max_norm)
+    parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not distributed() or not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return _clip_plain(gradients, max_norm)
     by_mesh: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
         gradient = parameter.grad
