@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,8 +31,6 @@ from llm.metric import METRICS, Score, mean
 from llm.metric.code import verdicts
 from llm.model import Transformer
 from llm.tokenizer import Tokenizer
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

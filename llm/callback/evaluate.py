@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from llm.data import Supervised
 from llm.data.supervised import Read
 from llm.generate import answer
+from llm.generate.decode import as_chosen
 from llm.metric import METRICS
 from llm.objective import Objective
-from llm.reduce import as_is, from_first, gather_objects, is_spread, rank, world_size
+from llm.reduce import from_first, gather_objects, is_spread, rank, world_size
 
 
 class Evaluate(Callback):
@@ -88,7 +89,7 @@ class Evaluate(Callback):
                 self.max_new_tokens,
                 batch_size=self.batch_size,
                 n_beams=self.n_beams,
-                agree=from_first if together else as_is,
+                agree=from_first if together else as_chosen,
             )
         if not together:
             shares = gather_objects(texts)

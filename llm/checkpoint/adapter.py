@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,11 @@ import yaml
 from torch import Tensor, nn
 
 from llm.checkpoint.huggingface import settings
+from llm.checkpoint.huggingface.folder import free, new_folder
 from llm.checkpoint.store import CheckpointError, find, read_tensors
 from llm.model import TransformerConfig, config_from
 
-PREFIX = "model."
+PREFIX = "model."  # the network's attribute in the LightningModule whose state was saved
 _BASE = ".base_layer."
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -81,9 +80,7 @@ def write_peft(path: str | Path, out: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    step, out = find(path), Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out}: is there already - give a folder that is not")
+    step, out = find(path), free(out)
     cfg = yaml.safe_load((step / "config.yaml").read_text())
     node = adapter_of(step)
     if node is None:
@@ -110,12 +107,9 @@ def write_peft(path: str | Path, out: str | Path) -> None:
         "inference_mode": True,
         "task_type": None,
     }
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-    (temporary / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(out)
+    with new_folder(out) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def _has(tensors: Mapping[str, Tensor], layer: str) -> bool:

@@ -10,14 +10,13 @@ import yaml
 from torch import Tensor, nn
 
 from llm.checkpoint import huggingface
-from llm.checkpoint.adapter import adapter_of, is_adapters, merged, plain
+from llm.checkpoint.adapter import PREFIX, adapter_of, is_adapters, merged, plain
 from llm.checkpoint.distribute import load_whole, weights_of
 from llm.checkpoint.huggingface.settings import meaning
 from llm.checkpoint.store import CheckpointError, find, read_tensors
 from llm.model import Transformer, TransformerConfig, config_from
 from llm.tokenizer import Tokenizer
 
-PREFIX = "model."  # the network's attribute in the LightningModule whose state was saved
 log = logging.getLogger(__name__)
 
 # What shows in the names and shapes of weights, and is compared there.

@@ -19,8 +19,42 @@ from llm.data.template import Template, value_of
 from llm.tokenizer import Tokenizer
 
 
+class Enclosed(Supervised):
+    """A task whose texts an encoder reads between [CLS] and [SEP]."""
+
+    family: ClassVar[str] = "encoder"
+
+    def check(self, name: str, tokenizer: Tokenizer) -> None:
+        if tokenizer.cls_id is None or tokenizer.sep_id is None:
+            raise DataError(
+                f"data.tasks.{name}: the tokenizer has no [CLS] and [SEP]; take tokenizer=wordpiece, or "
+                "tokenizer=pretrained with an encoder's"
+            )
+
+
+class OfLabels(Enclosed):
+    """A task whose answers are some of `labels`."""
+
+    labels: Sequence[str]
+
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Name of a label -> its number."""
+        return {name: number for number, name in enumerate(self.labels)}
+
+    def number(self, label: Any, where: str) -> int:
+        """Of a label as the data has it: its name, or its number. Raises BadRowError."""
+        found = self.numbers.get(str(label))
+        if found is None and type(label) is int and 0 <= label < len(self.labels):
+            return label
+        if found is None:
+            shown = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
+            raise BadRowError(where, f"label {label!r} is not in labels ({shown})", "add it")
+        return found
+
+
 @dataclass(frozen=True)
-class Classify(Supervised):
+class Classify(OfLabels):
     """One of a set of labels for a text or a pair of texts, from an encoder's first token (Devlin et al. 2019).
 
     text, second    texts with columns in braces; the second is the other part of a pair
@@ -34,7 +68,6 @@ class Classify(Supervised):
     label: str = "label"
     bad_rows: BadRows = "refuse"
     weight: Annotated[float, Gt(0)] = 1.0
-    family: ClassVar[str] = "encoder"
     fields: ClassVar[tuple[str, ...]] = ("tokens", "segments")
     whole_fields: ClassVar[tuple[str, ...]] = ("class_labels",)
     answers: ClassVar[Answers] = "label"
@@ -51,23 +84,11 @@ class Classify(Supervised):
         given = {"text": self.text, "second": self.second}
         return [Template(key, text) for key, text in given.items() if text is not None]
 
-    @cached_property
-    def numbers(self) -> dict[str, int]:
-        """Name of a label -> its number."""
-        return {name: number for number, name in enumerate(self.labels)}
-
-    def check(self, name: str, tokenizer: Tokenizer) -> None:
-        check_encloses(name, tokenizer)
-
     def read(self, row: Row, where: str) -> Read:
         texts = [template.fill(row, where) for template in self.templates]
         if not texts[0].strip():
             raise BadRowError(where, "the text is empty", "fill the column or remove the row")
         return Read(texts, self.number(value_of(row, self.label, where, "label"), where))
-
-    def number(self, label: Any, where: str) -> int:
-        """Of a label as the data has it: its name, or its number. Raises BadRowError."""
-        return _number(label, self.labels, self.numbers, where)
 
     def examples(self, read: Read, encoded: list[Any], widths: Widths, tokenizer: Tokenizer) -> list[Example] | str:
         parts = _fitting(encoded, widths.row - 1 - len(encoded))
@@ -83,7 +104,7 @@ class Classify(Supervised):
 
 
 @dataclass(frozen=True)
-class Tag(Supervised):
+class Tag(OfLabels):
     """A label for each word of a text, from the word's first token (Devlin et al. 2019, section 5.3).
 
     words    the column of the words, a list of texts
@@ -96,7 +117,6 @@ class Tag(Supervised):
     tags: str = "tags"
     bad_rows: BadRows = "refuse"
     weight: Annotated[float, Gt(0)] = 1.0
-    family: ClassVar[str] = "encoder"
     fields: ClassVar[tuple[str, ...]] = ("tokens", "segments", "labels")
     answers: ClassVar[Answers] = "tags"
     metrics: ClassVar[tuple[str, ...]] = ("tags",)
@@ -104,14 +124,6 @@ class Tag(Supervised):
     def __post_init__(self) -> None:
         check_weight(self.weight)
         _check_labels(self.labels)
-
-    @cached_property
-    def numbers(self) -> dict[str, int]:
-        """Name of a label -> its number."""
-        return {name: number for number, name in enumerate(self.labels)}
-
-    def check(self, name: str, tokenizer: Tokenizer) -> None:
-        check_encloses(name, tokenizer)
 
     def read(self, row: Row, where: str) -> Read:
         words, tags = (
@@ -123,7 +135,7 @@ class Tag(Supervised):
             raise BadRowError(where, "there are no words", "remove the row")
         if len(words) != len(tags):
             raise BadRowError(where, f"{len(words)} words and {len(tags)} tags", "give each word one")
-        numbers = [_number(tag, self.labels, self.numbers, where) for tag in tags]
+        numbers = [self.number(tag, where) for tag in tags]
         return Read([str(word) for word in words], numbers)
 
     def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[Any]:
@@ -168,7 +180,7 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExtractSpan(Supervised):
+class ExtractSpan(Enclosed):
     """The part of a context that answers a question, or none (Rajpurkar et al. 2016, 2018; Devlin et al. 2019).
 
     A context that is longer than a row is read in windows, each `stride` tokens further on than the one before; an
@@ -190,7 +202,6 @@ class ExtractSpan(Supervised):
     no_answer: bool = False
     bad_rows: BadRows = "refuse"
     weight: Annotated[float, Gt(0)] = 1.0
-    family: ClassVar[str] = "encoder"
     fields: ClassVar[tuple[str, ...]] = ("tokens", "segments")
     whole_fields: ClassVar[tuple[str, ...]] = ("start_labels", "end_labels")
     alone: ClassVar[bool] = True
@@ -205,9 +216,6 @@ class ExtractSpan(Supervised):
     def templates(self) -> tuple[Template, Template]:
         """Of the question and of the context."""
         return Template("question", self.question), Template("context", self.context)
-
-    def check(self, name: str, tokenizer: Tokenizer) -> None:
-        check_encloses(name, tokenizer)
 
     def read(self, row: Row, where: str) -> Read:
         question, context = (template.fill(row, where) for template in self.templates)
@@ -264,28 +272,9 @@ def enclosed(parts: list[np.ndarray], tokenizer: Tokenizer) -> Fields:
     return {"tokens": np.concatenate(tokens).astype(np.int64), "segments": np.concatenate(segments)}
 
 
-def check_encloses(name: str, tokenizer: Tokenizer) -> None:
-    """Raise DataError if the tokenizer has nothing to put around texts."""
-    if tokenizer.cls_id is None or tokenizer.sep_id is None:
-        raise DataError(
-            f"data.tasks.{name}: the tokenizer has no [CLS] and [SEP]; take tokenizer=wordpiece, or "
-            "tokenizer=pretrained with an encoder's"
-        )
-
-
 def _check_labels(labels: Sequence[str]) -> None:
     if len(set(labels)) != len(labels) or len(labels) < 2:
         raise ValueError(f"labels={list(labels)}: give at least two names, each once")
-
-
-def _number(label: Any, labels: Sequence[str], numbers: Mapping[str, int], where: str) -> int:
-    found = numbers.get(str(label))
-    if found is None and type(label) is int and 0 <= label < len(labels):
-        return label
-    if found is None:
-        shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
-        raise BadRowError(where, f"label {label!r} is not in labels ({shown})", "add it")
-    return found
 
 
 def _answers(given: Any, where: str) -> list[tuple[str, int]]:

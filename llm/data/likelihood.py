@@ -24,7 +24,14 @@ class Likelihoods(Supervised):
 
     family: ClassVar[str] = "decoder"
     fields: ClassVar[tuple[str, ...]] = ("tokens", "labels")
+    context: str
+    continuation: str
     delimiter: str
+
+    @property
+    def templates(self) -> tuple[Template, Template]:
+        """Of the context and of the continuation."""
+        return Template("context", self.context), Template("continuation", self.continuation)
 
     def candidates(self, read: Read) -> list[tuple[str, str]]:
         """Context and continuation of each; a continuation begins with what stands between the two."""
@@ -69,11 +76,6 @@ class Choose(Likelihoods):
                 f"context={self.context!r}, continuation={self.continuation!r}: one of them must hold {{choice}}"
             )
 
-    @property
-    def templates(self) -> tuple[Template, Template]:
-        """Of the context and of the continuation."""
-        return Template("context", self.context), Template("continuation", self.continuation)
-
     def read(self, row: Row, where: str) -> Read:
         choices, gold = (
             value_of(row, column, where, key) for key, column in (("choices", self.choices), ("gold", self.gold))
@@ -111,11 +113,6 @@ class Cloze(Likelihoods):
     def __post_init__(self) -> None:
         check_weight(self.weight)
         _ = self.templates
-
-    @property
-    def templates(self) -> tuple[Template, Template]:
-        """Of the context and of the continuation."""
-        return Template("context", self.context), Template("continuation", self.continuation)
 
     def read(self, row: Row, where: str) -> Read:
         context, continuation = (template.fill(row, where) for template in self.templates)

@@ -65,11 +65,6 @@ def to_device(values: Sequence[float], device: torch.device) -> Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def as_is(values: Tensor) -> Tensor:
-    """What `from_first` is where processes need not agree."""
-    return values
-
-
 def gather_objects(value: T) -> list[T]:
     """Plain data of all processes, in the order of their ranks; every process gets the list."""
     if world_size() == 1:

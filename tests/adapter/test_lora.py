@@ -16,7 +16,7 @@ from llm.run import run
 from tests.ranks import run_on_ranks
 from tests.runs import Compose, run_composed, saved
 
-pytest.importorskip("peft")
+pytest.importorskip("peft", reason="comes with the extra adapter")
 LLAMA = ["model.qk_norm=false", "model.norm=rms", "model.activation=swiglu", "model.dropout=0"]
 ADAPTED = [*LLAMA, "adapter=lora", "adapter.layers=[query,value,down]", "optimizer.lr=0.05"]
 TOKENS = torch.arange(12).unsqueeze(0) + 97

@@ -14,7 +14,7 @@ from llm.run import run
 from tests.ranks import run_on_ranks
 from tests.runs import Compose, run_composed
 
-pytest.importorskip("sacrebleu")
+pytest.importorskip("sacrebleu", reason="comes with the extra evaluate")
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat"]
 
 

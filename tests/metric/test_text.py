@@ -17,7 +17,7 @@ REFERENCES = [["the cat is on the mat"], ["a dog barks", "a dog"], ["something"]
 
 
 def test_bleu_and_chrf_are_sacrebleus() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
+    sacrebleu = pytest.importorskip("sacrebleu", reason="comes with the extra evaluate")
     columns = [
         [several[0] for several in REFERENCES],
         [several[1] if len(several) > 1 else "" for several in REFERENCES],
@@ -29,7 +29,9 @@ def test_bleu_and_chrf_are_sacrebleus() -> None:
 
 
 def test_rouge_is_rouge_scores() -> None:
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="comes with the extra evaluate").RougeScorer(
+        ["rouge1", "rougeL"], use_stemmer=True
+    )
     found = METRICS["rouge"](TEXTS, REFERENCES, 0)
     for kind in ("rouge1", "rougeL"):
         best = [
@@ -58,7 +60,7 @@ def test_squad_is_the_official_script(text: str, answers: list[str], exact: floa
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=60))
 def test_confusions_are_scikit_learns(pairs: list[tuple[int, int]]) -> None:
-    metrics = pytest.importorskip("sklearn.metrics")
+    metrics = pytest.importorskip("sklearn.metrics", reason="comes with the extra test")
     confused = np.zeros((4, 4), np.int64)
     for truth, found in pairs:
         confused[truth, found] += 1

@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def write(
     """
     from safetensors.torch import save_file
 
-    out = _free(out)
+    out = free(out)
     pad_id = tokenizer.pad_id if tokenizer is not None else 1
     architecture, theirs = settings.to_theirs(config, pad_id)
     tensors = weights.to_theirs(state, theirs, architecture, config)
@@ -109,16 +110,23 @@ def write(
         kind = "BertForQuestionAnswering"
         tensors = {name.replace("classifier.", "qa_outputs."): tensor for name, tensor in tensors.items()}
     theirs |= {"architectures": [kind], "torch_dtype": dtype} | _ids(config, tokenizer, pad_id)
+    with new_folder(out) as folder:
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        _write_json(folder / CONFIG, theirs)
+        if config.family != "encoder":
+            _write_json(folder / "generation_config.json", _ids(config, tokenizer, pad_id))
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which is `out` once it is whole and on the disk; if something fails there is none."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        _write_json(temporary / CONFIG, theirs)
-        if config.family != "encoder":
-            _write_json(temporary / "generation_config.json", _ids(config, tokenizer, pad_id))
+        yield temporary
         for file in temporary.iterdir():
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
@@ -138,7 +146,8 @@ def _ids(config: TransformerConfig, tokenizer: Tokenizer | None, pad_id: int) ->
     return ids
 
 
-def _free(out: str | Path) -> Path:
+def free(out: str | Path) -> Path:
+    """`out`, where nothing is yet. Raises CheckpointError if something is."""
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"{out}: is there already - give a folder that is not")
