@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.machine import ROOT, busy_s
+from benchmarks.machine import busy_s, import_path
 from benchmarks.turn import Pace, environment
 
 PATIENCE_S = 900.0  # for one message: a warm-up on a slow machine, or a compilation
@@ -113,7 +113,7 @@ class _Running:
             **{name: str(len(cpus)) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")},
             "OMP_WAIT_POLICY": "PASSIVE",
             "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": import_path(),
             "PYTHONWARNINGS": "ignore",
             **contestant.environment,
         }

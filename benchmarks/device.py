@@ -18,14 +18,15 @@ import torch
 from benchmarks.contest import Contestant, Outcome
 from benchmarks.contestants.command import contestant
 from benchmarks.contestants.ours import ours
-from benchmarks.machine import ROOT
+from benchmarks.machine import import_path
 from benchmarks.material import SHARED, composed, save_steps, save_weights
 from benchmarks.measure import Bar, Row, Session
 from llm.build import built
 from llm.metric import model_flops_utilisation, peak_flops
 from llm.model import Transformer, TransformerConfig
 
-STEPS, WARMUP = 60, 10
+MICRO_BATCHES = 60  # measured, of every contestant: of a round 20
+WARMUP = 10  # of them before that, at least
 TOLERANCE = 5e-2  # of losses near 11, which bfloat16 rounds by up to 0.03
 # Bytes of a parameter in training: fp32 weight and gradient, two moments; what autocast keeps of it in bfloat16.
 BYTES_PER_PARAMETER = 18
@@ -36,26 +37,35 @@ GIB = 2**30
 class Size:
     """A model to be trained, and what one GPU is to make of it.
 
-    rows  of a step, where there are 120 GiB; on a smaller device half of them
+    rows      of a micro-batch, where there are 120 GiB; on a smaller device half of them
+    n_micro   micro-batches of a step; on a smaller device twice as many
     must, stretch  tokens per second on one H200 (989 TFLOP/s dense bf16)
+    together  two contestants fit the device beside each other: they warm up at the same time and take turns
+    needed_s  what measuring two contestants takes
     """
 
     name: str
     model: tuple[str, ...]
     length: int
     rows: int
+    n_micro: int
     compile: str
     must: float
     stretch: float | None
+    together: bool
+    needed_s: float
 
 
 GPT2 = "model=gpt2_124m"
+LARGE = ("model.dim=2048", "model.n_layers=24", "model.n_heads=16")
+# It has neither learned positions nor a tied head.
+LIKE_LITGPT = ("model.position=rotary", "model.tie_embeddings=false")
 SIZES = (
-    Size("124M", (GPT2,), 1024, 64, "whole", 470e3, 560e3),
-    Size("350M", ("model=gpt2_355m",), 1024, 32, "whole", 190e3, 220e3),
-    Size("1.56B", ("model=gpt2_1558m",), 1024, 16, "blocks", 47e3, 53e3),
-    Size("1.3B", (GPT2, "model.dim=2048", "model.n_layers=24", "model.n_heads=16"), 2048, 8, "blocks", 50e3, 58e3),
-    Size("8B", ("model=llama_8b",), 8192, 1, "blocks", 7.5e3, 8.8e3),
+    Size("124M", (GPT2,), 1024, 64, 1, "whole", 470e3, 560e3, True, 100),
+    Size("350M", ("model=gpt2_355m",), 1024, 32, 2, "whole", 190e3, 220e3, True, 130),
+    Size("1.56B", ("model=gpt2_1558m",), 1024, 16, 4, "blocks", 47e3, 53e3, False, 160),
+    Size("1.3B", (GPT2, *LARGE), 2048, 8, 4, "blocks", 50e3, 58e3, False, 160),
+    Size("8B", ("model=llama_8b",), 8192, 1, 1, "blocks", 7.5e3, 8.8e3, False, 300),
 )
 SMALL = ("model.dim=32", "model.n_layers=2", "model.n_heads=2", "model.n_kv_heads=null", "model.ffn_dim=64")
 
@@ -63,7 +73,7 @@ SMALL = ("model.dim=32", "model.n_layers=2", "model.n_heads=2", "model.n_kv_head
 @functools.cache
 def _ceilings(device: str, size: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.contestants.ceilings", device, str(size)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": import_path()}
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
@@ -76,14 +86,19 @@ def ceilings(session: Session) -> dict[str, Any]:
 class Trained:
     """The contestants over one size, and their common weights and steps.
 
+    Args:
+        session: what is measured for.
+        size: of the model.
+        changes: overrides of it.
+
     Raises LookupError, with the reason, if the size does not fit the device.
     """
 
-    def __init__(self, session: Session, size: Size) -> None:
+    def __init__(self, session: Session, size: Size, *changes: str) -> None:
         self.session, self.size = session, size
         small = session.smoke
         length = 32 if small else size.length
-        self.run = [*size.model, *(SMALL if small else ()), "model.dropout=0.0", f"data.max_length={length}"]
+        self.run = [*size.model, *(SMALL if small else ()), *changes, "model.dropout=0.0", f"data.max_length={length}"]
         self.run += [f"model.vocab_size={300 if small else composed(size.model).model.vocab_size}"]
         self.run += ["model.max_length=${data.max_length}"]
         self.config: TransformerConfig = built(composed(self.run).model)
@@ -96,12 +111,14 @@ class Trained:
                 f"{size.name}: weights, gradients and moments take {needed / GIB:.0f} GiB, and the device has "
                 f"{memory / GIB:.0f}"
             )
-        self.rows = 2 if small else max(1, size.rows if memory > 120 * GIB else size.rows // 2)
+        halved = 2 if size.rows > 1 and memory < 120 * GIB else 1
+        self.rows, self.n_micro = (2, size.n_micro) if small else (size.rows // halved, size.n_micro * halved)
         self.length = length
-        self.n_tokens = float(self.rows * length)
-        self.n_steps = session.n_steps(STEPS, WARMUP, starts=session.rounds)
-        folder = session.folder / size.name
-        self.weights = save_weights(self.config, folder / "weights", state=False)
+        self.n_tokens = float(self.rows * self.n_micro * length)
+        self.pace = MICRO_BATCHES // (session.rounds * self.n_micro), max(3, WARMUP // self.n_micro)
+        self.n_steps = session.n_steps(*self.pace, starts=1)
+        folder = session.folder / f"{size.name}{'-changed' if changes else ''}"
+        self.weights = save_weights(self.config, folder / "weights", state=bool(changes), device=session.device)
         self.steps = save_steps(list(self._made()), folder / "steps.pt")
         text = folder / "text.txt"
         text.write_text("any text: the steps are prepared\n" * 1000)
@@ -110,8 +127,8 @@ class Trained:
             "data=files",
             f"data.path={text}",
             "data.document_mask=false",
-            f"data.batch_size={self.rows}",
-            "data.micro_batch_size=null",
+            f"data.batch_size={self.rows * self.n_micro}",
+            f"data.micro_batch_size={self.rows}",
             f"trainer.max_steps={self.n_steps}",
             "trainer.precision=bf16-mixed",
             f"trainer.accelerator={session.device}",
@@ -123,35 +140,42 @@ class Trained:
         draw = torch.Generator().manual_seed(0)
         assert self.config.vocab_size is not None
         for _ in range(self.n_steps):
-            ids = torch.randint(0, self.config.vocab_size, (self.rows, self.length + 1), generator=draw)
+            rows = [
+                torch.randint(0, self.config.vocab_size, (self.rows, self.length + 1), generator=draw)
+                for _ in range(self.n_micro)
+            ]
             yield [
                 {
                     "tokens": ids[:, :-1].contiguous(),
                     "labels": ids[:, 1:].contiguous(),
-                    "documents": torch.ones(self.rows, self.length, dtype=torch.long),
-                    "positions": torch.arange(self.length).repeat(self.rows, 1),
                     "tasks": torch.zeros(self.rows, dtype=torch.long),
                 }
+                for ids in rows
             ]
 
     def ours(self, name: str = "ours", *overrides: str) -> Contestant:
         """train.py, compiled, with further overrides."""
-        run = [*self.run, f"strategy.compile={compile_choice()}", *overrides]
+        run = [*self.run, "strategy.compile=auto", *overrides]
         return ours(name, run, self.n_steps, self.weights, steps=self.steps, **self._shared())
 
     def plain(self) -> Contestant:
         """A compiled plain loop over our model class."""
-        settings = {
-            "kind": "ours",
+        settings = {"kind": "ours", "fields": [], "compile": self.size.compile, **self._settings()}
+        return contestant(self.session, "plain compiled loop", "plain", sys.executable, settings, **self._shared())
+
+    def litgpt(self) -> Contestant:
+        """litgpt, compiled as it does that: as a whole."""
+        settings = {"compile": True, **self._settings()}
+        return contestant(self.session, "litgpt", "fabric", self.session.peers.python, settings, **self._shared())
+
+    def _settings(self) -> dict[str, Any]:
+        return {
             "model": asdict(self.config),
-            "weights": str(self.weights / "step-0"),
+            "weights": str(state if (state := self.weights / "state.pt").exists() else self.weights / "step-0"),
             "steps": str(self.steps),
             "precision": "bf16-mixed",
-            "fields": [],
             "device": self.session.device,
-            "compile": self.size.compile,
         }
-        return contestant(self.session, "plain compiled loop", "plain", sys.executable, settings, **self._shared())
 
     def _shared(self) -> dict[str, Any]:
         # A rehearsal goes the same way, and nothing is really compiled.
@@ -159,24 +183,27 @@ class Trained:
         return {"work": [self.n_tokens] * self.n_steps, "environment": environment}
 
     def compete(self, team: Sequence[Contestant]) -> Outcome:
-        """One after the other: two large models do not fit beside each other."""
-        name = f"{self.size.name}-{team[0].name}".replace(" ", "-")
+        """Turn by turn where two fit the device, having warmed up at the same time, as compiling takes long; else one
+        after the other."""
+        steps, warmup = self.pace
+        together = self.size.together and len(team) == 2
         return self.session.compete(
-            name,
+            f"{self.size.name}-{team[0].name}".replace(" ", "-").replace(",", ""),
             team,
-            steps=STEPS,
-            warmup=WARMUP,
-            starts=self.session.rounds,
+            steps=steps,
+            warmup=warmup,
+            starts=1,
             tolerance=TOLERANCE,
             clock="wall_s",
-            apart=True,
+            apart=not together,
+            hurried=together,
         )
 
-    def row(self, outcome: Outcome, name: str, *, judged: bool = False) -> Row:
-        """Tokens per second, with utilisation and memory in the note."""
+    def row(self, outcome: Outcome, name: str, *, judged: bool = False, shown: str | None = None) -> Row:
+        """Tokens per second, with utilisation and memory in the note; `shown` is the name it goes by."""
         speed = outcome.rate(name)
         peak = peak_flops(ceilings(self.session)["device"])
-        notes = [f"{self.rows} x {self.length}"]
+        notes = [f"{self.n_micro} x {self.rows} x {self.length}"]
         if peak is not None:
             flops = self.network.flops_per_token(self.length)
             notes.append(f"MFU {100 * model_flops_utilisation(speed.median, flops, peak):.1f} %")
@@ -186,23 +213,14 @@ class Trained:
         notes.append(f"loss {outcome.losses[name][-1]:.4f}")
         bar = Bar(">=", self.size.must) if judged else None
         stretch = Bar(">=", self.size.stretch) if judged and self.size.stretch else None
-        return Row(f"{self.size.name}: {name}", "tokens/s", speed, bar, stretch, ", ".join(notes), outcome.figures())
+        case, figures = f"{self.size.name}: {shown or name}", outcome.figures()
+        return Row(case, "tokens/s", speed, bar, stretch, ", ".join(notes), figures)
 
     def close(self) -> None:
         """Give the disk back: weights of a large model are gigabytes."""
         for file in sorted(Path(self.weights).rglob("*")):
             if file.is_file():
                 file.unlink()
-
-
-def compile_choice() -> str:
-    """What strategy.compile is told: where it is a choice of ways, the strategy's own."""
-    return "true" if isinstance(composed([]).strategy.compile, bool) else "auto"
-
-
-def strategy_has(key: str) -> bool:
-    """Whether strategy=single has the key."""
-    return key in composed([]).strategy
 
 
 def time_for(session: Session, seconds: float) -> bool:

@@ -16,6 +16,11 @@ QUIET = 0.15  # cores that others may keep busy
 _PACKAGES = ("torch", "lightning", "transformers", "accelerate", "litgpt", "numpy")
 
 
+def import_path() -> str:
+    """PYTHONPATH of processes that are started: this checkout, before what the user's own says."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 def busy_s() -> float:
     """Seconds that all cores together were busy since the machine started."""
     fields = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]

@@ -98,13 +98,16 @@ def save_weights(
     theirs: bool = False,
     state: bool = True,
     tokenizer: Tokenizer | None = None,
+    device: str = "cpu",
 ) -> Path:
     """Weights from a fixed seed, up to three times in `folder`: `step-0`, a step directory for init_from; if `state`,
     `state.pt`, a state dict of llm.model.Transformer; and, if `theirs`, `theirs`, a folder for transformers, which
-    takes from `tokenizer` which token is padding."""
+    takes from `tokenizer` which token is padding. They are drawn on `device`: large ones are sooner on a GPU."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model = Transformer(config)
+    with torch.device(device):
+        model = Transformer(config)
+    model.cpu()
     if state:
         torch.save(model.state_dict(), folder / "state.pt")
     settings = folder / "config.yaml"

@@ -27,7 +27,7 @@ from benchmarks.peers import Peers, at, here, peers
 ROOT = machine.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 
-GPU_S = 570.0  # all that is measured on a GPU in one go
+GPU_S = 570.0  # all that is measured on a GPU in one go, unless the command says otherwise
 
 
 def options() -> argparse.Namespace:
@@ -40,6 +40,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--loaded", action="store_true", help="measure on a loaded machine, and mark the result")
     parser.add_argument("--smoke", action="store_true", help="all of it tiny, in a minute; writes no results")
     parser.add_argument("--rehearse", action="store_true", help="gpu: every part on the CPU, tiny; writes no results")
+    parser.add_argument("--seconds", type=float, default=GPU_S, help="gpu: after so long no other part is begun")
     parser.add_argument("--peers", type=Path, default=None, help="Python of an environment that holds the peers")
     parser.add_argument("--data", type=Path, default=ROOT / ".." / "shared" / "data", help="folder of real text")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results go")
@@ -69,8 +70,8 @@ def main() -> None:
     cpus = sorted(os.sched_getaffinity(0))[0 if small or on_gpu else -given.threads :]
     needed = given.device == "cpu" and not small
     others: Peers = at(given.peers) if given.peers else peers(_say) if needed else here()
-    rounds = 2 if small else 1 if on_gpu else given.rounds
-    deadline = time.monotonic() + GPU_S if on_gpu and not given.measure else None
+    rounds = 2 if small else min(3, given.rounds) if on_gpu else given.rounds
+    deadline = time.monotonic() + given.seconds if on_gpu else None
     results: dict[str, list[Row]] = {}
     record: dict[str, dict[str, Any]] = {}
     failed = []

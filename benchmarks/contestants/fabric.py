@@ -20,7 +20,7 @@ from litgpt.utils import chunked_cross_entropy
 from torch import Tensor
 from torchmetrics.aggregation import RunningMean
 
-from benchmarks.contestants.plain import LOG_EVERY, groups, load_steps
+from benchmarks.contestants.plain import LOG_EVERY, device_figures, groups, load_steps
 from benchmarks.turn import Turn
 
 
@@ -40,7 +40,7 @@ def config_of(model: dict[str, Any]) -> Config:
         norm_eps=model["norm_eps"],
         mlp_class_name="GptNeoxMLP",
         gelu_approximate="tanh",
-        intermediate_size=4 * model["dim"],
+        intermediate_size=model.get("ffn_dim") or 4 * model["dim"],
     )
 
 
@@ -70,26 +70,34 @@ def renamed(state: dict[str, Tensor], n_layers: int) -> dict[str, Tensor]:
 def main(settings: dict[str, Any]) -> None:
     """Train as litgpt's `fit`."""
     logger = TensorBoardLogger("logs")
-    fabric = L.Fabric(accelerator="cpu", devices=1, precision=settings["precision"], loggers=[logger])
-    steps = [step[0] for step in load_steps(settings["steps"])]
-    model = GPT(config_of(settings["model"]))
+    accelerator = settings.get("device", "cpu")
+    fabric = L.Fabric(accelerator=accelerator, devices=1, precision=settings["precision"], loggers=[logger])
+    loaded = load_steps(settings["steps"])
+    steps = [[{name: value.to(fabric.device) for name, value in m.items()} for m in step] for step in loaded]
+    with fabric.init_module():
+        model = GPT(config_of(settings["model"]))
     model.load_state_dict(renamed(torch.load(settings["weights"], weights_only=True), settings["model"]["n_layers"]))
+    if settings.get("compile"):
+        model = torch.compile(model)
     model = fabric.setup(model)
     own = dict(settings["adamw"])
     optimizer = torch.optim.AdamW(groups(model, own.pop("weight_decay")), **own, fused=True)
     optimizer = fabric.setup_optimizers(optimizer)
     throughput = ThroughputMonitor(fabric, window_size=5)
     running_loss = RunningMean(window=1, sync_on_compute=False).to(fabric.device)
-    turn, total_t0, n_tokens = Turn(), time.perf_counter(), steps[0]["tokens"].numel()
+    turn, total_t0 = Turn(0, *device_figures(fabric.device)), time.perf_counter()
+    n_tokens = sum(micro_batch["tokens"].numel() for micro_batch in steps[0])
     for iteration in range(1, turn.pace.n_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = settings["adamw"]["lr"]
         iter_t0 = time.perf_counter()
-        batch = steps[(iteration - 1) % len(steps)]
-        with fabric.no_backward_sync(model, enabled=False):
-            logits = model(batch["tokens"])
-            loss = chunked_cross_entropy(logits, batch["labels"])
-            fabric.backward(loss)
+        step, total = steps[(iteration - 1) % len(steps)], torch.zeros((), device=fabric.device)
+        for number, batch in enumerate(step, 1):
+            with fabric.no_backward_sync(model, enabled=number < len(step)):
+                logits = model(batch["tokens"])
+                loss = chunked_cross_entropy(logits, batch["labels"])
+                fabric.backward(loss / len(step))
+            total += loss.detach() / len(step)
         running_loss.update(loss.detach())
         fabric.clip_gradients(model, optimizer, max_norm=settings["clip_norm"])
         optimizer.step()
@@ -97,12 +105,12 @@ def main(settings: dict[str, Any]) -> None:
         if iteration % LOG_EVERY == 0:
             mean, t1 = running_loss.compute().item(), time.perf_counter()
             lengths = iteration * n_tokens
-            throughput.update(time=t1 - total_t0, batches=iteration, samples=iteration * len(batch), lengths=lengths)
+            throughput.update(time=t1 - total_t0, batches=iteration, samples=iteration * len(step), lengths=lengths)
             metrics = {"loss": mean, "iter": iteration, "iter_time": t1 - iter_t0, "tokens": lengths}
             metrics |= {"learning_rate": settings["adamw"]["lr"], **throughput.compute()}
             fabric.print(f"iter {iteration} | loss train: {mean:.3f} | iter time: {(t1 - iter_t0) * 1000:.2f} ms")
             fabric.log_dict(metrics, step=iteration - 1)
-        turn.after_step(loss.detach())
+        turn.after_step(total)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.contest import Contestant
-from benchmarks.contestants.plain import InMemory
+from benchmarks.contestants.plain import InMemory, device_figures
 from benchmarks.machine import ROOT
 from benchmarks.material import n_real
 from benchmarks.turn import Turn
@@ -32,7 +32,7 @@ class TakeTurns(Callback):
     """Reports the losses and the rounds, after all other callbacks of a step."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._turn = Turn(trainer.global_rank, *_device(pl_module.device))
+        self._turn = Turn(trainer.global_rank, *device_figures(pl_module.device))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -43,12 +43,6 @@ class TakeTurns(Callback):
         self._turn.after_step((total / count).detach() if checked else None)
         if self._turn.done:
             trainer.should_stop = True  # a later start of a contest may have fewer rounds
-
-
-def _device(device: torch.device) -> tuple[Any, Any]:
-    if device.type == "cpu":
-        return None, None
-    return torch.cuda.synchronize, lambda: {"peak_bytes": float(torch.cuda.max_memory_allocated())}
 
 
 class Prepared(TextData):

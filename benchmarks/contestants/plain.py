@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,13 @@ class Theirs(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100)
 
 
+def device_figures(device: torch.device) -> tuple[Callable[[], None] | None, Callable[[], dict[str, float]] | None]:
+    """How a turn waits for the device, and what it tells of its memory; nothing of a CPU."""
+    if device.type == "cpu":
+        return None, None
+    return torch.cuda.synchronize, lambda: {"peak_bytes": float(torch.cuda.max_memory_allocated())}
+
+
 MODELS = {"ours": Ours, "transformers": Theirs}
 
 
@@ -129,12 +136,7 @@ def main(settings: dict[str, Any]) -> None:
     parameters = list(model.parameters())
     precise = settings["precision"] == "32-true"
     autocast = contextlib.nullcontext() if precise else torch.autocast(device.type, dtype=torch.bfloat16)
-    on_cuda = device.type == "cuda"
-    turn = Turn(
-        rank,
-        torch.cuda.synchronize if on_cuda else None,
-        (lambda: {"peak_bytes": float(torch.cuda.max_memory_allocated())}) if on_cuda else None,
-    )
+    turn = Turn(rank, *device_figures(device))
     log = Log(Path("log.jsonl") if rank == 0 else None, device)
     for number in range(turn.pace.n_steps):
         step = steps[number % len(steps)]
