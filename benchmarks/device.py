@@ -61,9 +61,9 @@ LARGE = ("model.dim=2048", "model.n_layers=24", "model.n_heads=16")
 # It has neither learned positions nor a tied head.
 LIKE_LITGPT = ("model.position=rotary", "model.tie_embeddings=false")
 SIZES = (
-    Size("124M", (GPT2,), 1024, 64, 1, "whole", 470e3, 560e3, True, 100),
-    Size("350M", ("model=gpt2_355m",), 1024, 32, 2, "whole", 190e3, 220e3, True, 130),
-    Size("1.56B", ("model=gpt2_1558m",), 1024, 16, 4, "blocks", 47e3, 53e3, False, 160),
+    Size("124M", (GPT2,), 1024, 64, 1, "whole", 470e3, 560e3, True, 75),
+    Size("350M", ("model=gpt2_355m",), 1024, 32, 2, "whole", 190e3, 220e3, True, 100),
+    Size("1.56B", ("model=gpt2_1558m",), 1024, 16, 4, "blocks", 47e3, 53e3, False, 150),
     Size("1.3B", (GPT2, *LARGE), 2048, 8, 4, "blocks", 50e3, 58e3, False, 160),
     Size("8B", ("model=llama_8b",), 8192, 1, 1, "blocks", 7.5e3, 8.8e3, False, 300),
 )

@@ -108,6 +108,7 @@ def save_weights(
     with torch.device(device):
         model = Transformer(config)
     model.cpu()
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
     if state:
         torch.save(model.state_dict(), folder / "state.pt")
     settings = folder / "config.yaml"

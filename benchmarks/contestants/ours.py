@@ -85,7 +85,7 @@ def ours(
     """
     reporting = ["packages=[benchmarks]", "+callback.turn={_target_: benchmarks.contestants.ours.TakeTurns}"]
     # Whoever waits for its turn is not hung; checkpoints and samples are no part of what is compared.
-    apart = ["callback.watchdog.floor_s=36000", "callback.checkpoint.every_n_train_steps=1000000"]
+    apart = ["callback.watchdog.floor_s=36000", "~callback.checkpoint"]
     apart += ["callback.sample.prompts=[]"]
     settings = [
         *overrides,

@@ -13,8 +13,8 @@ from llm.model.norm import build_norm
 class Head(Linear):
     """Hidden states to the vocabulary. Tied, it borrows its weight: none is made or reset.
 
-    In training the product is that of a vocabulary rounded up to a `multiple`, by rows of zeros whose scores are cut
-    off: on a GPU, kernels for 16-bit numbers want rows of scores that begin at round addresses, and those of GPT-2's
+    In training the product is that of a vocabulary rounded up to a `multiple`, by rows of zeros whose scores nobody
+    wants: on a GPU, kernels for 16-bit numbers want rows of scores that begin at round addresses, and those of GPT-2's
     50,257 tokens do not. The weight itself is never padded, so that nothing else has to know; the copy is the one that
     autocast makes anyway. To generate one token it would cost more than the product.
     """
@@ -32,13 +32,13 @@ class Head(Linear):
             super().__init__(config.dim, vocab_size, bias=config.head_bias, std=std, truncated=truncated)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[.., D] -> [.., V]."""
+        """[.., D] -> [.., V], or more in training where `multiple` says so."""
         n_rows = self.weight.shape[0]
         n_more = -n_rows % self.multiple
         if n_more == 0 or not self.training:
             return super().forward(hidden)
         bias = None if self.bias is None else F.pad(self.bias, (0, n_more))
-        return F.linear(hidden, F.pad(self.weight, (0, 0, 0, n_more)), bias)[..., :n_rows]
+        return F.linear(hidden, F.pad(self.weight, (0, 0, 0, n_more)), bias)
 
     def reset_parameters(self) -> None:
         if not self.tied:

@@ -125,14 +125,16 @@ class Transformer(nn.Module):
         places = Places(length, n_past, self._documents(documents, cache), tokens.device, self.mask_way)
         return stack(self.embed(tokens), positions, places, segments, cache, memory)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the vocabulary: [.., D] -> [.., V]. Not with model.n_labels."""
+    def logits(self, hidden: Tensor, *, padded: bool = False) -> Tensor:
+        """Scores of the vocabulary: [.., D] -> [.., V], or more where `padded` and the head's `multiple` say so. Not
+        with model.n_labels."""
         assert self.head is not None, "model.n_labels is in the place of the vocabulary"
         if self.transform is not None:
             hidden = self.transform(hidden)
         if self.config.scale_logits:
             hidden = hidden * self.config.dim**-0.5
-        return self.head(hidden)
+        logits: Tensor = self.head(hidden)
+        return logits if padded else logits[..., : self.config.vocab_size]
 
     def sentence_logits(self, hidden: Tensor) -> Tensor:
         """Scores of "the second part follows the first" and "it does not", from the hidden states of first tokens:

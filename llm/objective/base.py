@@ -23,6 +23,7 @@ from llm.checkpoint import load_into
 from llm.guard import Guard, Stop
 from llm.metric import unigram_nats
 from llm.model import Transformer, TransformerConfig
+from llm.objective import fused
 from llm.objective.given import Adapter, Batch, OptimizerRecipe, Step
 from llm.objective.loss import IGNORED, Loss, Reduction, of_rows, token_nats
 from llm.objective.scale import global_scale, plus, start
@@ -49,6 +50,7 @@ class Objective(L.LightningModule):
     answers: ClassVar[str] = "vocabulary"  # what is chosen from: that, a label, tags or a span
     predicts: ClassVar[str] = "labels"  # the field of a batch that holds what is to be predicted
     label_smoothing: float = 0.0  # of the training's loss
+    fused: bool = False  # whether the loss over the vocabulary has kernels of its own; a strategy for GPUs says so
 
     def __init__(
         self,
@@ -131,7 +133,12 @@ class Objective(L.LightningModule):
 
     def _nats(self, hidden: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
         smoothing = self.label_smoothing if self.training else 0.0
-        return token_nats(self.network.logits(hidden), labels, reduction, smoothing)
+        logits, n_tokens = self.network.logits(hidden, padded=True), self.network.config.vocab_size
+        assert n_tokens is not None
+        if self.fused:
+            nats = fused.token_nats(logits, labels, n_tokens, smoothing)
+            return nats if reduction == "none" else nats.sum()
+        return token_nats(logits[:, :n_tokens], labels, reduction, smoothing)
 
     # Building
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any, Literal
 
 import torch
@@ -37,12 +38,14 @@ def compile_network(network: Transformer, compile: Literal["blocks", "whole"]) -
             block.compile()
 
 
-def compile_loss(objective: Any) -> None:
-    """Scores over the vocabulary and their loss as one graph, in place: eagerly, a softmax in float32 writes the
-    largest tensor of a step several times.
+def quicken_loss(objective: Any, device: torch.device, *, compiled: bool) -> None:
+    """Scores over the vocabulary and their loss, in place: eagerly, a softmax in float32 writes the largest tensor of a
+    step several times. On a GPU there are kernels for it; elsewhere it is one graph if the network is `compiled`.
 
     How many positions are scored changes from batch to batch where only some are predicted, and at the end of what is
     scored in parts; that is compiled once for every number.
     """
-    varies = objective.network.config.family == "encoder" or objective.logits_at_once is not None
-    objective._nats = torch.compile(objective._nats, dynamic=True if varies else None)
+    objective.fused = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if compiled and not objective.fused:
+        varies = objective.network.config.family == "encoder" or objective.logits_at_once is not None
+        objective._nats = torch.compile(objective._nats, dynamic=True if varies else None)

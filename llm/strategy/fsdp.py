@@ -23,7 +23,7 @@ from llm.strategy import attention, float8, tensor_parallel
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of, vocabulary_multiple
 from llm.strategy.attention import AttentionKernel, Attentive, dtype_of
-from llm.strategy.compiling import compile_loss, resolve
+from llm.strategy.compiling import quicken_loss, resolve
 from llm.strategy.hooks import Hooked
 from llm.strategy.materialise import materialise
 from llm.strategy.process_group import join_process_group, seed_dropout, set_timeout
@@ -163,8 +163,8 @@ class FSDP(Hooked, Attentive, Stored, ModelParallelStrategy):
             shard=partial(self._shard, mesh=self._data_mesh()),
             vocabulary_multiple=vocabulary_multiple(self.root_device),
         )
-        if compile != "none" and tensor_mesh is None:  # else the scores are gathered in between
-            compile_loss(self.lightning_module)
+        if tensor_mesh is None:  # else the scores are gathered in between
+            quicken_loss(self.lightning_module, self.root_device, compiled=compile != "none")
         materialise(network, self.root_device)
         super().setup(trainer)
         seed_dropout(self.distributed_sampler_kwargs["rank"])

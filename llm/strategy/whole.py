@@ -9,7 +9,7 @@ from llm.strategy import attention, float8
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of, vocabulary_multiple
 from llm.strategy.attention import Attentive, dtype_of
-from llm.strategy.compiling import Compile, compile_loss, resolve
+from llm.strategy.compiling import Compile, quicken_loss, resolve
 
 
 class Whole(Attentive):
@@ -33,8 +33,7 @@ class Whole(Attentive):
             compile=compile,
             vocabulary_multiple=vocabulary_multiple(self.root_device),
         )
-        if compiled:
-            compile_loss(self.lightning_module)
+        quicken_loss(self.lightning_module, self.root_device, compiled=compiled)
 
     def problems(
         self, model: TransformerConfig, world_size: int, accelerator: str, precision: str, documents: bool

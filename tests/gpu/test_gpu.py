@@ -12,9 +12,11 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llm.model import Transformer, TransformerConfig
+from llm.objective import fused
 from llm.objective.loss import token_nats
 from llm.strategy import float8
 from llm.strategy.attention import Kernel, use
@@ -100,6 +102,28 @@ def test_a_padded_vocabulary_changes_nothing() -> None:
     assert far(theirs, gradients) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_outcomes", "width"), [(50257, 50304), (1001, 1001), (4096, 4096), (10000, 10240)])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_a_vocabulary(dtype: torch.dtype, n_outcomes: int, width: int, smoothing: float) -> None:
+    """Its own kernels, beside torch's cross_entropy in float64."""
+    draw = torch.Generator(GPU).manual_seed(0)
+    scores = (torch.randn(37, width, generator=draw, device=GPU) * 4).to(dtype)
+    scores[0] += 100
+    labels = torch.randint(0, n_outcomes, (37,), generator=draw, device=GPU)
+    labels[[3, 4]], labels[5] = -100, n_outcomes - 1
+    weights = torch.rand(37, generator=draw, device=GPU)
+    leaf = scores.clone().requires_grad_()
+    nats = fused.token_nats(leaf * 1, labels, n_outcomes, smoothing)
+    nats.backward(weights)
+    exact = scores.double().requires_grad_()
+    wanted = F.cross_entropy(exact[:, :n_outcomes], labels, reduction="none", label_smoothing=smoothing)
+    wanted.backward(weights.double())
+    torch.testing.assert_close(nats.double(), wanted, atol=2e-5, rtol=1e-5)
+    tolerance = {"atol": 1e-6, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-4, "rtol": 1e-2}
+    torch.testing.assert_close(leaf.grad.double(), exact.grad, **tolerance)  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("part", ["whole", "blocks"])
 def test_compiled_code_computes_the_same(part: str) -> None:
     torch._dynamo.reset()
@@ -135,7 +159,7 @@ def test_parts_of_the_scores_take_less_memory() -> None:
     labels = torch.randint(0, 131072, (4096,), device=GPU)
 
     class Stub:
-        label_smoothing, training = 0.0, True
+        label_smoothing, training, fused = 0.0, True, False
 
     peaks, losses = [], []
     for at_once in (None, 512):
@@ -160,7 +184,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path: Path) -> None
         *("data=files", f"data.path={text}", "data.cache_dir=" + str(tmp_path / "cache"), "tokenizer=bytes"),
         *("logger=none", "schedule.warmup_steps=2", "trainer.val_check_interval=6", "trainer.accelerator=gpu"),
         *("strategy.compile=auto", "callback.checkpoint.every_n_train_steps=6", "callback.metrics.every_n_steps=1"),
-        *("trainer.deterministic=true", "callback.sample.prompts=[]", "trainer.max_steps=12"),
+        *("+trainer.deterministic=true", "callback.sample.prompts=[]", "trainer.max_steps=12"),
     ]
 
     def train(folder: str, *more: str) -> list[float]:
