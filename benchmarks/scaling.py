@@ -37,7 +37,7 @@ from llm.model import Transformer, TransformerConfig, config_from
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
-RECORDED = ROOT / "benchmarks" / "results" / "gpu.json"  # {"mfu": {model: share of the peak on one GPU}}
+RECORDED = ROOT / "benchmarks" / "results" / "gpu.json"  # of one GPU, by benchmarks/run.py gpu
 PICTURE = ROOT / "docs" / "scaling.png"
 PEAK = 989e12  # H100 SXM, dense bfloat16
 LARGEST_BATCH = 2**24  # tokens: the largest that Llama 3 405B took (arXiv:2407.21783, section 3.4.1)
@@ -164,7 +164,8 @@ def compare() -> list[dict[str, Any]]:
 # ---- the tables ------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Setting:
-    """A shipped model, rows of a micro-batch, rows of the whole batch, and the MFU that somebody measured."""
+    """A shipped model, rows of a micro-batch, rows of the whole batch, the MFU that somebody measured, and the size of
+    benchmarks/gpu that is the same model."""
 
     name: str
     length: int
@@ -173,13 +174,14 @@ class Setting:
     mfu: float
     measured_on: int
     source: str
+    recorded: str | None = None
 
 
 # Batches: conf/experiment; of Llama 3 8B 4 M tokens. Speeds: the best that others published, as `source` says.
 SETTINGS = [
-    Setting("gpt2_124m", 1024, 32, 512, 0.407, 1, "llm.c, one H100"),
+    Setting("gpt2_124m", 1024, 32, 512, 0.407, 1, "llm.c, one H100", "124M"),
     Setting("llama_1b", 4096, 4, 512, 0.418, 8, "llm-foundry, its 1.3B, 8 H100"),
-    Setting("llama_8b", 8192, 1, 512, 0.39, 8, "torchtitan, 8 H100"),
+    Setting("llama_8b", 8192, 1, 512, 0.39, 8, "torchtitan, 8 H100", "8B"),
 ]
 STRATEGIES = ("ddp", "fsdp", "hsdp")
 
@@ -192,14 +194,22 @@ def layout_of(strategy: str, world_size: int, rows: int, n_micro_batches: int, l
     return Layout("fsdp", world_size, replicate_size=world_size // 8 if strategy == "hsdp" else 1, **common)
 
 
+def recorded(size: str | None) -> float | None:
+    """Tokens per second of ours on one GPU; None where nobody has measured that."""
+    if size is None or not RECORDED.exists():
+        return None
+    rows = json.loads(RECORDED.read_text()).get("sizes", {}).get("rows", [])
+    return next((row["median"] for row in rows if row["case"] == f"{size}: ours"), None)
+
+
 @cache
 def token_s(setting: Setting) -> tuple[float, str]:
     """Seconds of compute of one token on one GPU, and where that is from."""
     model = _model(shipped(setting.name), setting.length)
-    recorded = json.loads(RECORDED.read_text())["mfu"] if RECORDED.exists() else {}
     mfu, n, source = setting.mfu, setting.measured_on, setting.source
-    if setting.name in recorded:
-        mfu, n, source = recorded[setting.name], 1, f"measured, {RECORDED.name}"
+    speed = recorded(setting.recorded)
+    if speed is not None:
+        mfu, n, source = speed * model.flops_per_token / PEAK, 1, f"measured, {RECORDED.name}"
     tokens = setting.micro_rows * setting.length
     layout = Layout("single", 1, micro_batch_tokens=tokens)
     if n > 1:
