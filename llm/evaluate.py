@@ -22,12 +22,12 @@ from llm.checkpoint import find, load
 from llm.config import ConfigError, check
 from llm.data import Classify, DataError, ExtractSpan, Supervised, Tag, TextData, WriteCode
 from llm.data.example import IGNORED, Fields
-from llm.data.likelihood import Likelihoods
+from llm.data.likelihood import Likelihoods, Perplexity
 from llm.data.supervised import BadRowError, Read
 from llm.generate import answer
 from llm.generate.classify import extract, label_scores
 from llm.generate.score import likelihoods
-from llm.metric import METRICS, Score, mean
+from llm.metric import METRICS, Score, mean, perplexities
 from llm.metric.code import verdicts
 from llm.model import Transformer
 from llm.tokenizer import Tokenizer
@@ -107,6 +107,8 @@ def evaluate(
     decoding = decoding or Decoding()
     if isinstance(task, Likelihoods):
         told, found.scores = _likely(model, tokenizer, task, reads, decoding.batch_size, n_bootstrap)
+    elif isinstance(task, Perplexity):
+        told, found.scores = _perplexity(model, tokenizer, task, reads, decoding.batch_size, n_bootstrap)
     elif isinstance(task, WriteCode):
         told, found.scores = _judged(task, reads, _predicted(model, tokenizer, task, reads, decoding), n_bootstrap)
     else:
@@ -211,6 +213,21 @@ def _likely(
     if not right["accuracy_norm"]:
         scores["perplexity"] = Score(math.exp(nats / n_tokens))
     return told, scores
+
+
+def _perplexity(
+    model: Transformer, tokenizer: Tokenizer, task: Perplexity, reads: list[Read], batch_size: int, n_bootstrap: int
+) -> tuple[list[dict[str, Any]], dict[str, Score]]:
+    """-log p of each text, and what that comes to for a token, a word and a byte."""
+    texts = [read.texts[0] for read in reads]
+    longest = model.config.max_length
+    windows = [task.windows(ids.tolist(), tokenizer.start_id, longest) for ids in tokenizer.encode_batch(texts)]
+    scored = iter(likelihoods(model, [pair for several in windows for pair in several], tokenizer.pad_id, batch_size))
+    of_text = [[next(scored) for _ in several] for several in windows]
+    nats = [sum(part.nats for part in parts) for parts in of_text]
+    n_tokens = [sum(part.n_tokens for part in parts) for parts in of_text]
+    told = [{"nats": one, "n_tokens": n} for one, n in zip(nats, n_tokens, strict=True)]
+    return told, perplexities(nats, n_tokens, texts, n_bootstrap)
 
 
 def _judged(

@@ -290,6 +290,46 @@ def test_texts_are_compared_by_likelihood(
     assert f"perplexity  {perplexity:8.2f}" in printed
 
 
+def test_whole_texts_are_read_in_windows(
+    compose_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every token once, each from all that its window shows before it: against one forward for every token."""
+    run(compose_run("trainer.max_steps=3", "model.max_length=32", "data.max_length=32"))
+    model, tokenizer = load(tmp_path / "run")
+    texts = ["the cat runs " * 9, "a dog", "", "é" * 40]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+    def nats(text: str, stride: int) -> float:
+        ids, total = [tokenizer.start_id, *tokenizer.encode(text)], 0.0
+        for at in range(1, len(ids)):
+            first = 1 + (at - 1) // stride * stride  # of the window's new tokens
+            last = min(first + stride, len(ids)) - 1
+            seen = ids[max(0, last + 1 - 32) : at]
+            with torch.no_grad():
+                total -= model.logits(model(torch.tensor([seen])))[0, -1].log_softmax(-1)[ids[at]].item()
+        return total
+
+    for stride, given in ((16, "null"), (1, "1"), (31, "99")):
+        settings = [f"data.path={path}", f"data.tasks.perplexity.stride={given}"]
+        found = evaluate(tmp_path / "run", settings, task_from(TASKS, "perplexity"), n_bootstrap=20)
+        wanted = [nats(text, stride) for text in texts if text]
+        assert [row["nats"] for row in found.rows] == pytest.approx(wanted, abs=2e-3)
+        assert found.skipped == {"the text is empty": 1}
+        n_bytes = sum(len(text.encode()) for text in texts)
+        score = found.scores["bits_per_byte"]
+        assert score.value == pytest.approx(sum(wanted) / math.log(2) / n_bytes, rel=1e-4)
+        assert score.low is not None
+        assert score.high is not None
+        assert score.low <= score.value <= score.high
+        n_words = sum(len(text.split()) for text in texts)
+        assert found.scores["word_perplexity"].value == pytest.approx(math.exp(sum(wanted) / n_words), rel=1e-3)
+        n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
+        assert found.scores["perplexity"].value == pytest.approx(math.exp(sum(wanted) / n_tokens), rel=1e-3)
+    main(["evaluate", str(tmp_path / "run"), "task=perplexity", f"data.path={path}"])
+    assert "bits_per_byte" in capsys.readouterr().out
+
+
 def test_programs_are_run_when_that_is_allowed(compose_run: Compose, tmp_path: Path) -> None:
     """Whatever an untrained model writes: the right program is given away by the prompt, or the tests want nothing."""
     run(compose_run("trainer.max_steps=1", "schedule.warmup_steps=0", "model.max_length=64"))

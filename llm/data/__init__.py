@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from llm.data.labelling import Classify, ExtractSpan, Tag
-from llm.data.likelihood import Choose, Cloze
+from llm.data.likelihood import Choose, Cloze, Perplexity
 from llm.data.source import DataError, Files, Hub, Lines, Source, StandardLibrary
 from llm.data.supervised import Supervised
 from llm.data.task import FillInTheMiddle, Masking, NextToken, SpanDenoising, Task
@@ -29,6 +29,7 @@ __all__ = [
     "Lines",
     "Masking",
     "NextToken",
+    "Perplexity",
     "Preference",
     "Prompted",
     "Source",

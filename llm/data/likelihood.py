@@ -119,3 +119,52 @@ class Cloze(Likelihoods):
         if not continuation.strip():
             raise BadRowError(where, "the continuation is empty", "fill the column or remove the row")
         return self._read([(context, self.delimiter + continuation)], 0)
+
+
+@dataclass(frozen=True)
+class Perplexity(Supervised):
+    """Whole texts, every token from those before it, in windows as long as the model's context.
+
+    text    a text with columns in braces
+    stride  tokens that a window adds to the one before, whose other tokens they see; null: half a context. 1 gives
+            every token all the context that there is, and costs that many windows
+    """
+
+    text: str = "{text}"
+    stride: Annotated[int, Gt(0)] | None = None
+    bad_rows: BadRows = "skip"
+    weight: Annotated[float, Gt(0)] = 1.0
+    family: ClassVar[str] = "decoder"
+    fields: ClassVar[tuple[str, ...]] = ("tokens", "labels")
+    metrics: ClassVar[tuple[str, ...]] = ("perplexity",)
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+        _ = self.template
+
+    @property
+    def template(self) -> Template:
+        """Of the text."""
+        return Template("text", self.text)
+
+    def read(self, row: Row, where: str) -> Read:
+        text = self.template.fill(row, where)
+        if not text.strip():
+            raise BadRowError(where, "the text is empty", "fill the column or remove the row")
+        return Read([text])
+
+    def windows(self, tokens: list[int], start: int, longest: int) -> list[tuple[list[int], list[int]]]:
+        """What is seen and what is predicted in each window of at most `longest` tokens; all of it, once."""
+        step = min(self.stride or longest // 2, longest - 1)
+        seen = [start, *tokens]
+        found = []
+        for at in range(0, len(tokens), step):
+            new = tokens[at : at + step]
+            found.append((seen[max(0, at + 1 - (longest - len(new))) : at + 1], new))
+        return found
+
+    def examples(self, read: Read, encoded: list[Any], widths: Widths, tokenizer: Tokenizer) -> list[Example] | str:
+        return Prompted().examples(read, [encoded[0][:0], encoded[0]], widths, tokenizer)
+
+    def references(self, read: Read) -> list[str]:
+        return []

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from llm.generate.decode import undisturbed
 from llm.model.transformer import Transformer
+
+_AT_ONCE = 2048  # positions whose scores are in memory at the same time
 
 
 class Likelihood(NamedTuple):
@@ -47,11 +51,23 @@ def likelihoods(
             width = max(len(rows[index]) for index in batch)
             # Padding comes behind, where a decoder's earlier tokens do not see it.
             tokens = torch.tensor([[*rows[i], *[pad_id] * (width - len(rows[i]))] for i in batch], device=device)
-            table = model.logits(model(tokens[:, :-1])).float().log_softmax(-1)  # [B, T - 1, V]
-            told = table.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-            best = table.argmax(-1) == tokens[:, 1:]
-            for row, index in enumerate(batch):
-                end, n = len(rows[index]) - 1, len(pairs[index][1])
-                part = slice(end - n, end)
-                found[index] = Likelihood(-float(told[row, part].sum()), n, bool(best[row, part].all()))
+            ends = torch.tensor([[len(rows[i]) - len(pairs[i][1]), len(rows[i])] for i in batch], device=device)
+            places = torch.arange(1, width, device=device)
+            asked = (places >= ends[:, :1]) & (places < ends[:, 1:])  # [B, T - 1]
+            nats, best = _judged(model, model(tokens[:, :-1])[asked], tokens[:, 1:][asked])
+            lengths = asked.sum(1).tolist()
+            parts = zip(batch, nats.split(lengths), best.split(lengths), strict=True)
+            for index, of_tokens, likeliest in parts:
+                found[index] = Likelihood(float(of_tokens.sum()), len(of_tokens), bool(likeliest.all()))
     return found
+
+
+def _judged(model: Transformer, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p of each label, and whether it is the likeliest: hidden [N, D], labels [N] -> [N] both. Scores over the
+    vocabulary are made in parts: of a batch they would be gigabytes."""
+    nats, best = [], []
+    for part, wanted in zip(hidden.split(_AT_ONCE), labels.split(_AT_ONCE), strict=True):
+        logits = model.logits(part).float()
+        nats.append(F.cross_entropy(logits, wanted, reduction="none"))
+        best.append(logits.argmax(-1) == wanted)
+    return torch.cat(nats), torch.cat(best)

@@ -1,20 +1,23 @@
 """What a run is measured by."""
 
 from llm.metric.classification import confusion_metrics
-from llm.metric.compression import bits_per_byte, gzip_bits_per_byte, unigram_bits_per_byte, unigram_nats
+from llm.metric.compression import bits_per_byte, gzip_bits_per_byte, perplexities, unigram_bits_per_byte, unigram_nats
 from llm.metric.interval import wilson_interval
-from llm.metric.text import METRICS, Score, mean
+from llm.metric.score import Score, bootstrapped, mean
+from llm.metric.text import METRICS
 from llm.metric.utilisation import model_flops_utilisation, peak_flops
 
 __all__ = [
     "METRICS",
     "Score",
     "bits_per_byte",
+    "bootstrapped",
     "confusion_metrics",
     "gzip_bits_per_byte",
     "mean",
     "model_flops_utilisation",
     "peak_flops",
+    "perplexities",
     "unigram_bits_per_byte",
     "unigram_nats",
     "wilson_interval",

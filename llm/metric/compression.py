@@ -1,4 +1,4 @@
-"""Bits per byte, the number that compares across tokenizers, and two baselines that need no model."""
+"""Bits per byte, the number that compares across tokenizers, perplexities, and two baselines that need no model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import gzip
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from llm.metric.score import Score, bootstrapped
 
 
 def bits_per_byte(nats: float, n_bytes: float) -> float:
@@ -36,3 +40,24 @@ def unigram_nats(counts: Sequence[int]) -> float:
     """Entropy in nats of what occurred so often each, taken one by one: the loss of the best model without context."""
     total = sum(counts)
     return -sum(n / total * math.log(n / total) for n in counts if n) if total else math.nan
+
+
+def perplexities(
+    nats: Sequence[float], n_tokens: Sequence[int], texts: Sequence[str], n_bootstrap: int = 0
+) -> dict[str, Score]:
+    """`perplexity` of the tokens, `word_perplexity` of what blanks part, which compares across tokenizers as
+    `bits_per_byte` does; over all texts together.
+
+    Args:
+        nats: -log p of each text.
+        n_tokens: of each text.
+    """
+    sizes = [(len(text.split()), len(text.encode())) for text in texts]
+    counts = np.column_stack([nats, n_tokens, np.array(sizes, float)])
+
+    def scored(chosen: np.ndarray) -> list[float]:
+        total, n, n_words, n_bytes = chosen.sum(0).tolist()
+        return [math.exp(total / n), math.exp(total / n_words), bits_per_byte(total, n_bytes)]
+
+    found = bootstrapped(scored, counts, n_bootstrap)
+    return dict(zip(("perplexity", "word_perplexity", "bits_per_byte"), found, strict=True))

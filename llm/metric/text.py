@@ -1,7 +1,6 @@
 """Generated texts against references, by the reference libraries themselves.
 
-A metric scores the texts of a whole set. Its interval is a bootstrap's: the set is drawn again, with replacement, as
-often as asked, and scored each time (Koehn 2004); the middle 95 % of the scores.
+A metric scores the texts of a whole set; see llm/metric/score.py for its interval.
 """
 
 from __future__ import annotations
@@ -10,29 +9,17 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from llm.metric.classification import confusion_metrics
-
-
-@dataclass(frozen=True)
-class Score:
-    """A value and, of a bootstrap, the ends of its interval; `signature` says how it was computed."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-    signature: str = ""
-
+from llm.metric.score import Score, bootstrapped, mean
 
 Texts = Sequence[str]
 References = Sequence[Sequence[str]]  # of each text one or more
 Metric = Callable[[Texts, References, int], dict[str, Score]]
-_SEED = 12345  # of bootstraps, as sacrebleu's
 
 
 def bleu(texts: Texts, references: References, n_bootstrap: int = 0) -> dict[str, Score]:
@@ -101,11 +88,8 @@ def classes(texts: Texts, references: References, n_bootstrap: int = 0) -> dict[
         found = confusion_metrics(confused)
         return 100 * found["macro_f1"], found["mcc"]
 
-    draw = np.random.default_rng(_SEED)
-    drawn = np.array([scored(pairs[draw.integers(0, len(pairs), len(pairs))]) for _ in range(n_bootstrap)])
-    ends = np.quantile(drawn, [0.025, 0.975], axis=0).T.tolist() if n_bootstrap else [[None, None]] * 2
-    values = zip(("macro_f1", "mcc"), scored(pairs), ends, strict=True)
-    return {name: Score(value, *interval) for name, value, interval in values}
+    found = bootstrapped(scored, pairs, n_bootstrap)
+    return dict(zip(("macro_f1", "mcc"), found, strict=True))
 
 
 def tags(texts: Texts, references: References, n_bootstrap: int = 0) -> dict[str, Score]:
@@ -131,17 +115,6 @@ METRICS: dict[str, Metric] = {
     "distinct": distinct,
     "tags": tags,
 }
-
-
-def mean(values: Sequence[float], n_bootstrap: int = 0, signature: str = "") -> Score:
-    """The mean of what each sample scores."""
-    array = np.asarray(values, np.float64)
-    if not n_bootstrap or len(array) < 2:
-        return Score(float(array.mean()), signature=signature)
-    draw = np.random.default_rng(_SEED)
-    means = [float(array[draw.integers(0, len(array), len(array))].mean()) for _ in range(n_bootstrap)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Score(float(array.mean()), float(low), float(high), signature)
 
 
 def _library(name: str) -> Any:
