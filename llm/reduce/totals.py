@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,8 @@ class Reading:
         """The numbers, of a scalar one."""
         if self._event is not None:
             self._event.synchronize()
-        return self._values.view(-1).tolist()
+        values = self._values
+        return values.tolist() if values.ndim else [values.tolist()]  # type: ignore[list-item]
 
 
 Summand = Tensor | float
@@ -61,8 +63,11 @@ class Totals:
         steps, self._waiting = self._waiting, []
         if not steps:
             return
+        if all(x.device.type == "cpu" for x in steps[0] if isinstance(x, Tensor)):
+            self._values = _added_on_host(self._values, steps)
+            return
         columns = [_as_float64(column) for column in zip(*steps, strict=True)]
-        device = next((column.device for column in columns if column.device.type != "cpu"), columns[0].device)
+        device = next(column.device for column in columns if column.device.type != "cpu")
         updates = torch.stack([column.to(device) for column in columns], dim=1).view(len(steps), -1, 2)
         values = torch.zeros_like(updates[0]) if self._values is None else self._values.to(device)
         for update in updates:
@@ -101,6 +106,14 @@ class Totals:
         first = is_first_of_data()
         self.names, self._waiting = names, []
         self._values = values if first or values is None else torch.zeros_like(values)
+
+
+def _added_on_host(values: Tensor | None, steps: Sequence[Sequence[Summand]]) -> Tensor:
+    """As on a device, one step after the other: [n_names, 2]."""
+    updates = np.array([[x.tolist() if isinstance(x, Tensor) else x for x in step] for step in steps], np.float64)
+    first = np.zeros_like(updates[:1]) if values is None else values.numpy().reshape(1, -1)
+    total = np.add.accumulate(np.concatenate((first, updates)), axis=0)[-1]
+    return torch.from_numpy(total.reshape(-1, 2).copy())
 
 
 def _as_float64(values: Sequence[Summand]) -> Tensor:
