@@ -240,7 +240,8 @@ class WriteCode(Supervised):
 class Preference(Supervised):
     """Of two answers to a prompt the better one, by a decoder (Rafailov et al. 2023, arXiv:2305.18290).
 
-    prompt, chosen, rejected   texts with columns in braces
+    prompt, chosen, rejected   texts with columns in braces; of a column that holds a conversation, a list of turns with
+                               `role` and `content`, what is said last
     chat                       the prompt is what a user says and the answers what an assistant does, in the form of the
                                tokenizer's chat template
     """
@@ -272,6 +273,7 @@ class Preference(Supervised):
         return row
 
     def read(self, row: Row, where: str) -> Read:
+        row = {name: _last_said(value) for name, value in row.items()}
         texts = [template.fill(row, where) for template in self.templates]
         for text, which in zip(texts[1:], ("chosen", "rejected"), strict=True):
             if not text.strip():
@@ -297,6 +299,17 @@ class Preference(Supervised):
 
     def references(self, read: Read) -> list[str]:
         return [read.texts[1].strip()]
+
+
+def _last_said(value: Any) -> Any:
+    """Of a conversation; anything else as it is."""
+    if (
+        isinstance(value, list | tuple)
+        and value
+        and all(isinstance(turn, Mapping) and "content" in turn for turn in value)
+    ):
+        return value[-1]["content"]
+    return value
 
 
 def next_tokens(text: np.ndarray, learnt: np.ndarray, *, cut: bool) -> Example:

@@ -140,6 +140,9 @@ def test_preferences_are_two_answers_to_one_prompt() -> None:
         assert tokenizer.decode(side["labels"][side["labels"] != IGNORED]) == f"{text}<|im_end|>"
     chat = example(Preference(chat=True), row, tokenizer, width=1000)
     assert tokenizer.decode(chat.target["labels"][chat.target["labels"] != IGNORED]) == "no<|im_end|>\n"
+    asked = {"role": "user", "content": row["prompt"]}
+    told = {name: [asked, {"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}
+    assert Preference().read({**row, **told}, "here") == Preference().read(row, "here"), "the answers of conversations"
     read = Preference().read(row, "here")
     encoded = Preference().encode(read.texts, tokenizer)
     assert Preference().examples(read, encoded, Widths(3, 3), tokenizer) == (
