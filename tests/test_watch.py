@@ -205,5 +205,5 @@ def test_a_hung_rank_is_named(corpus: Path, cache_dir: Path, tmp_path: Path, how
     assert "rank 1 is late; it is step 5" in text
     first, second = text.split("==== stacks of rank ")[1:]
     assert f"in {how}" in second, "the very place where it hangs"
-    assert "global_scale" in first
+    assert "objective/scale.py" in first
     assert ("_worker_loop" in first and "_worker_loop" in second) == (how == "fifo"), "of loader workers, too"

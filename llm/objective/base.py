@@ -26,7 +26,7 @@ from llm.model import Transformer, TransformerConfig
 from llm.objective import fused
 from llm.objective.given import Adapter, Batch, OptimizerRecipe, Step
 from llm.objective.loss import IGNORED, Loss, Reduction, of_rows, token_nats
-from llm.objective.scale import global_scale, plus, start
+from llm.objective.scale import Scale, plus, start
 from llm.reduce import Reading, Sum, Totals, all_sum, clip_gradients, from_first
 
 # What a step counts and finds. nn.Module asks of everything that is set whether it is a parameter, a module or a
@@ -220,7 +220,7 @@ class Objective(L.LightningModule):
 
     def _gradient(self, batch: Step) -> dict[str, Sum]:
         """The gradient of the whole step; gives name -> (sum, count) of this process."""
-        scale = global_scale(batch.counts, self.device)
+        scale = Scale(batch.counts, self.device)
         sums: dict[str, Sum] = {}
         for number, (micro_batch, counts) in enumerate(zip(batch.micro_batches, batch.counts, strict=True), 1):
             with self.gradient_sync(last=number == len(batch.micro_batches)):

@@ -5,7 +5,7 @@ Without an initialised process group every function is the identity, so a single
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -41,6 +41,20 @@ def all_sum(values: Tensor) -> Tensor:
     if n_processes() > 1:
         dist.all_reduce(values, group=_data_group)
     return values
+
+
+def all_sum_later(values: Tensor) -> Callable[[], Tensor]:
+    """`all_sum` that travels while the caller goes on; what is returned gives the sum, once it has arrived."""
+    if n_processes() == 1:
+        return lambda: values
+    work = dist.all_reduce(values, group=_data_group, async_op=True)
+    assert work is not None
+
+    def arrived() -> Tensor:
+        work.wait()
+        return values
+
+    return arrived
 
 
 def all_gather(values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ FOLDER = ".watch"
 _POLL_S = 0.25
 _STACKS_S = 1.0  # for ranks to write their stacks
 _FRAMES = 5  # on top of a stack
-_WAITING = ("torch/distributed/", "torch/autograd/graph.py")
+_WAITING = ("torch/distributed/", "torch/autograd/graph.py", "llm/reduce/collectives.py")
 _OTHERS_S = 2.0  # for the sidecars of other nodes to see what this one saw
 
 

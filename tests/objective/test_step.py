@@ -17,7 +17,7 @@ from llm.build import build
 from llm.callback.record import Record
 from llm.model import Transformer
 from llm.objective.loss import n_labels, token_nats
-from llm.objective.scale import global_scale
+from llm.objective.scale import Scale
 from llm.run import run
 from tests.runs import Compose, saved
 
@@ -128,7 +128,7 @@ def test_a_part_without_labels_has_loss_zero_and_no_nan() -> None:
     logits = torch.randn(1, 4, 7, requires_grad=True)
     labels = torch.full((1, 4), -100)
     total = token_nats(logits[0], labels[0], "sum")
-    scale = global_scale([{"loss": n_labels(labels)}], labels.device)["loss"]
+    scale = Scale([{"loss": n_labels(labels)}], labels.device)["loss"]
     assert (total.item(), scale) == (0.0, 1.0)
     (total * scale).backward()
     assert not logits.grad.isnan().any()  # type: ignore[union-attr]
