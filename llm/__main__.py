@@ -68,7 +68,13 @@ def _generate_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], help="a text at which what is written ends")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--adapter", metavar="RUN", help="run with adapter=lora that began with this one's weights")
-    return parser.parse_args(list(arguments))
+    options = parser.parse_args(list(arguments))
+    given = [f"--{name}" for name in ("prompt", "file", "chat") if getattr(options, name)]
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)}: one of them at a time")
+    if options.system is not None and not options.chat:
+        parser.error("--system: goes with --chat")
+    return options
 
 
 def generate(arguments: Sequence[str]) -> None:
@@ -88,30 +94,36 @@ def generate(arguments: Sequence[str]) -> None:
     prompts = options.prompt or [""]
     if options.file is not None:
         prompts = options.file.read_text(encoding="utf-8").splitlines()
+    generator = torch.Generator(device).manual_seed(options.seed)
+    family, n_labels = model.config.family, model.config.n_labels
+    if options.chat and (family != "decoder" or n_labels is not None):
+        has = f"model.family={family}" + ("" if n_labels is None else f" and model.n_labels={n_labels}")
+        raise ConfigError([f"--chat: talks with a decoder, and {options.run} has {has} - give --prompt or --file"])
     try:
+        if options.chat:
+            _chat(model, tokenizer, options, generator)
+            return
         if model.config.n_labels is not None:
-            print("\n".join(_labelled(model, tokenizer, options.run, prompts)))
-        elif options.chat:
-            _chat(model, tokenizer, options, torch.Generator(device).manual_seed(options.seed))
+            texts = _labelled(model, tokenizer, options.run, prompts)
         else:
-            _complete(model, tokenizer, prompts, options, torch.Generator(device).manual_seed(options.seed))
+            texts = _completed(model, tokenizer, prompts, options, generator)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
-
-
-def _complete(
-    model: Transformer, tokenizer: Tokenizer, prompts: list[str], options: argparse.Namespace, generator: Generator
-) -> None:
-    """Print the text of each prompt; of those of a file as JSON lines."""
-    from llm.generate import complete, until
-
-    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "n_beams", "alpha")}
-    texts = complete(model, tokenizer, prompts, options.max_new_tokens, generator=generator, **settings)
-    texts = [until(text, options.stop) for text in texts]
     if options.file is not None:
         pairs = zip(prompts, texts, strict=True)
         texts = [json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) for prompt, text in pairs]
     print("\n".join(texts))
+
+
+def _completed(
+    model: Transformer, tokenizer: Tokenizer, prompts: list[str], options: argparse.Namespace, generator: Generator
+) -> list[str]:
+    """The text of each prompt."""
+    from llm.generate import complete, until
+
+    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "n_beams", "alpha")}
+    texts = complete(model, tokenizer, prompts, options.max_new_tokens, generator=generator, **settings)
+    return [until(text, options.stop) for text in texts]
 
 
 def _chat(model: Transformer, tokenizer: Tokenizer, options: argparse.Namespace, generator: Generator) -> None:

@@ -73,6 +73,8 @@ def test_generate_refuses_a_wrong_setting(
         (["prepare", "data=files", "data.path=/nowhere.txt"], 65, "/nowhere.txt"),
         (["generate"], 64, "the following arguments are required: RUN"),
         (["generate", "/nowhere"], 74, "/nowhere: no checkpoint here"),
+        (["generate", "run", "--prompt", "a", "--chat"], 64, "--prompt and --chat: one of them at a time"),
+        (["generate", "run", "--prompt", "a", "--system", "b"], 64, "--system: goes with --chat"),
     ],
 )
 def test_mistakes(arguments: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str]) -> None:

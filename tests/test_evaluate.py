@@ -106,6 +106,14 @@ def test_a_classifier_learns_is_evaluated_exported_and_averaged(
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("colour ")
     assert second.startswith("number ")
+    (tmp_path / "texts.txt").write_text("red red\ntwo two\n")
+    main(["generate", str(tmp_path / "run"), "--file", str(tmp_path / "texts.txt")])
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [{"prompt": "red red", "text": first}, {"prompt": "two two", "text": second}]
+    with pytest.raises(
+        ConfigError, match="--chat: talks with a decoder, and .* has model.family=encoder and model.n_l"
+    ):
+        main_raising(["generate", str(tmp_path / "run"), "--chat"])
     told = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert told[0] == {"id": f"{labelled}:5", "prediction": "number", "references": ["number"]}
     assert json.loads((tmp_path / "run" / "predictions.scores.json").read_text())["scores"]["mcc"]["value"] == 1
