@@ -111,7 +111,7 @@ def test_a_classifier_learns_is_evaluated_exported_and_averaged(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert rows == [{"prompt": "red red", "text": first}, {"prompt": "two two", "text": second}]
     with pytest.raises(
-        ConfigError, match="--chat: talks with a decoder, and .* has model.family=encoder and model.n_l"
+        ConfigError, match=r"--chat: talks with a decoder, and .* has model\.family=encoder and model\.n_l"
     ):
         main_raising(["generate", str(tmp_path / "run"), "--chat"])
     told = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
