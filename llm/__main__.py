@@ -151,14 +151,14 @@ def _labelled(model: Transformer, tokenizer: Tokenizer, run: str, prompts: list[
     """A line for each text: its likeliest labels."""
     from llm.checkpoint import find, labels_of
     from llm.config import ConfigError
-    from llm.data.labelling import enclosed
+    from llm.data.labelling import read_by_encoder
     from llm.generate.classify import label_scores
 
     names, _ = labels_of(find(run))
     if model.config.label_of != "text":
         raise ConfigError([f"{run}: labels no whole texts - python -m llm evaluate {run} answers rows of data"])
     room = model.config.max_length - 2
-    shown = [enclosed([ids[:room]], tokenizer) for ids in tokenizer.encode_batch(prompts)]
+    shown = [read_by_encoder([ids[:room]], tokenizer) for ids in tokenizer.encode_batch(prompts)]
     lines = []
     for scores in label_scores(model, shown, tokenizer.pad_id):
         shares, labels = scores[0].softmax(-1).topk(min(5, scores.shape[-1]))

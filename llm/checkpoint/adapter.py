@@ -12,8 +12,8 @@ import yaml
 from torch import Tensor, nn
 
 from llm.checkpoint.huggingface import settings
-from llm.checkpoint.huggingface.folder import free, new_folder
-from llm.checkpoint.store import CheckpointError, find, read_tensors
+from llm.checkpoint.huggingface.folder import new_folder
+from llm.checkpoint.store import CheckpointError, find, read_tensors, unused
 from llm.model import TransformerConfig, config_from
 
 PREFIX = "model."  # the network's attribute in the LightningModule whose state was saved
@@ -80,7 +80,7 @@ def write_peft(path: str | Path, out: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    step, out = find(path), free(out)
+    step, out = find(path), unused(out)
     cfg = yaml.safe_load((step / "config.yaml").read_text())
     node = adapter_of(step)
     if node is None:

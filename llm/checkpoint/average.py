@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm.checkpoint import store
 from llm.checkpoint.load import PREFIX
-from llm.checkpoint.store import CheckpointError, read_tensors, steps
+from llm.checkpoint.store import CheckpointError, read_tensors, steps, unused
 
 
 def average(run: str | Path, out: str | Path, n_last: int) -> list[Path]:
@@ -20,9 +20,7 @@ def average(run: str | Path, out: str | Path, n_last: int) -> list[Path]:
     Raises:
         CheckpointError: if `out` exists, or there are fewer.
     """
-    out, found = Path(out), steps(run)
-    if out.exists():
-        raise CheckpointError(f"{out}: is there already - give a folder that is not")
+    out, found = unused(out), steps(run)
     if not 1 <= n_last <= len(found):
         raise CheckpointError(
             f"{run}: has {len(found)} checkpoints, not {n_last} - train with callback.checkpoint.save_top_k={n_last}, "

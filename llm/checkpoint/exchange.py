@@ -11,7 +11,7 @@ import yaml
 from llm.checkpoint import huggingface, store
 from llm.checkpoint.distribute import weights_of
 from llm.checkpoint.load import PREFIX, labels_of, stored
-from llm.checkpoint.store import CheckpointError
+from llm.checkpoint.store import unused
 from llm.model import Transformer, node_of
 from llm.tokenizer import Tokenizer
 
@@ -23,9 +23,7 @@ def import_folder(folder: str | Path, out: str | Path) -> tuple[list[str], list[
     Raises:
         CheckpointError: if `out` exists, or anything in the folder is not understood.
     """
-    folder, out = Path(folder), Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out}: is there already - give a folder that is not")
+    folder, out = Path(folder), unused(out)
     found = huggingface.read(folder)
     torch.manual_seed(0)  # of heads that the folder lacks
     model = Transformer(found.config)

@@ -109,6 +109,14 @@ def set_aside_damaged(run_dir: str | Path, good: Path) -> None:
             disk.move(step, step.with_name(f"damaged-{step.name}"))
 
 
+def unused(out: str | Path) -> Path:
+    """`out`, where nothing is yet. Raises CheckpointError if something is."""
+    out = Path(out)
+    if out.exists():
+        raise CheckpointError(f"{out}: is there already - give a folder that is not")
+    return out
+
+
 def save(
     directory: Path,
     tensors: Mapping[str, Tensor],

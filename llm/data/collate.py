@@ -214,7 +214,9 @@ def _masked_row(rows: Rows, pieces: range, draw: np.random.Generator, settings: 
         halves = [{name: values[:cut] for name, values in hidden.items()}]
         if rows.has_pairs:
             halves.append({name: values[cut:] for name, values in hidden.items()})
-        shown.append(enclosed(halves, symbols))
+        found = enclosed([half["tokens"] for half in halves], symbols.cls, symbols.sep)
+        found["labels"] = enclosed([half["labels"] for half in halves], IGNORED, IGNORED)["tokens"]
+        shown.append(found)
     padding = {"tokens": symbols.pad, "labels": IGNORED, "segments": 0}
     row = laid_out(shown, rows.widths.row, padding, settings.document_mask)
     if settings.ragged:

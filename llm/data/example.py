@@ -5,6 +5,7 @@ n tokens of a piece are one int64 array, without ends of text unless said.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,14 +103,14 @@ def hide(
     return {"tokens": shown, "labels": labels}
 
 
-def enclosed(parts: list[Fields], symbols: Symbols) -> Fields:
-    """[CLS] a [SEP], or [CLS] a [SEP] b [SEP] with `segments` 0 and 1 (Devlin et al. 2019)."""
-    tokens, labels, segments = [np.array([symbols.cls])], [np.array([IGNORED])], [np.array([0])]
+def enclosed(parts: Sequence[np.ndarray], cls: int | None, sep: int | None) -> Fields:
+    """`tokens`: [CLS] a [SEP], or [CLS] a [SEP] b [SEP]; `segments`: which part each is of (Devlin et al. 2019)."""
+    assert cls is not None and sep is not None, "a task for an encoder checks that its tokenizer has both"  # noqa: PT018
+    tokens, segments = [np.array([cls])], [np.array([0])]
     for segment, part in enumerate(parts):
-        tokens += [part["tokens"], np.array([symbols.sep])]
-        labels += [part["labels"], np.array([IGNORED])]
-        segments.append(np.full(len(part["tokens"]) + 1, segment))
-    return {name: np.concatenate(v) for name, v in (("tokens", tokens), ("labels", labels), ("segments", segments))}
+        tokens += [part, np.array([sep])]
+        segments.append(np.full(len(part) + 1, segment))
+    return {"tokens": np.concatenate(tokens).astype(np.int64), "segments": np.concatenate(segments)}
 
 
 def cut_spans(

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 import numpy as np
 from annotated_types import Ge, Gt
 
-from llm.data.example import IGNORED, Fields
+from llm.data.example import IGNORED, Fields, enclosed
 from llm.data.source import DataError, Row, check_weight
 from llm.data.supervised import Answers, BadRowError, BadRows, Example, Read, Supervised
 from llm.data.task import Widths
@@ -93,11 +93,13 @@ class Classify(OfLabels):
     def examples(self, read: Read, encoded: list[Any], widths: Widths, tokenizer: Tokenizer) -> list[Example] | str:
         parts = _fitting(encoded, widths.row - 1 - len(encoded))
         cut = any(len(part) < len(whole) for part, whole in zip(parts, encoded, strict=True))
-        return [Example(enclosed(parts, tokenizer), whole={"class_labels": read.rest}, cut=cut)]
+        return [Example(read_by_encoder(parts, tokenizer), whole={"class_labels": read.rest}, cut=cut)]
 
     def shown(self, read: Read, max_length: int, tokenizer: Tokenizer) -> Fields:
         """What a trained model is given of a row: `tokens` and `segments`."""
-        return enclosed(_fitting(self.encode(read.texts, tokenizer), max_length - 1 - len(read.texts)), tokenizer)
+        return read_by_encoder(
+            _fitting(self.encode(read.texts, tokenizer), max_length - 1 - len(read.texts)), tokenizer
+        )
 
     def references(self, read: Read) -> list[str]:
         return [self.labels[read.rest]]
@@ -152,7 +154,7 @@ class Tag(OfLabels):
             return "no word has a token"
         room = widths.row - 2
         text, told = np.concatenate(encoded), np.concatenate(labels)
-        row = enclosed([text[:room]], tokenizer)
+        row = read_by_encoder([text[:room]], tokenizer)
         row["labels"] = np.concatenate([[IGNORED], told[:room], [IGNORED]])
         return [Example(row, cut=len(text) > room)]
 
@@ -242,7 +244,9 @@ class ExtractSpan(Enclosed):
         found, first = [], 0
         while True:
             part = slice(first, first + room)
-            found.append(Window(enclosed([question, context[part]], tokenizer), len(question) + 2, offsets[part]))
+            found.append(
+                Window(read_by_encoder([question, context[part]], tokenizer), len(question) + 2, offsets[part])
+            )
             if first + room >= len(context):
                 return found
             first += min(self.stride, room)
@@ -263,13 +267,9 @@ class ExtractSpan(Enclosed):
         return [text for text, _ in read.rest]
 
 
-def enclosed(parts: list[np.ndarray], tokenizer: Tokenizer) -> Fields:
-    """[CLS] a [SEP], or [CLS] a [SEP] b [SEP], and of which part each token is."""
-    tokens, segments = [np.array([tokenizer.cls_id])], [np.array([0])]
-    for segment, part in enumerate(parts):
-        tokens += [part, np.array([tokenizer.sep_id])]
-        segments.append(np.full(len(part) + 1, segment))
-    return {"tokens": np.concatenate(tokens).astype(np.int64), "segments": np.concatenate(segments)}
+def read_by_encoder(parts: list[np.ndarray], tokenizer: Tokenizer) -> Fields:
+    """One text or two, as an encoder reads them."""
+    return enclosed(parts, tokenizer.cls_id, tokenizer.sep_id)
 
 
 def _check_labels(labels: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm.checkpoint.huggingface import settings, weights
 from llm.checkpoint.huggingface.weights import Translated
-from llm.checkpoint.store import CheckpointError
+from llm.checkpoint.store import CheckpointError, unused
 from llm.model import TransformerConfig
 from llm.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def write(
     """
     from safetensors.torch import save_file
 
-    out = free(out)
+    out = unused(out)
     pad_id = tokenizer.pad_id if tokenizer is not None else 1
     architecture, theirs = settings.to_theirs(config, pad_id)
     tensors = weights.to_theirs(state, theirs, architecture, config)
@@ -144,14 +144,6 @@ def _ids(config: TransformerConfig, tokenizer: Tokenizer | None, pad_id: int) ->
         ids["decoder_start_token_id"] = pad_id
         ids["forced_eos_token_id"] = ids["eos_token_id"]
     return ids
-
-
-def free(out: str | Path) -> Path:
-    """`out`, where nothing is yet. Raises CheckpointError if something is."""
-    out = Path(out)
-    if out.exists():
-        raise CheckpointError(f"{out}: is there already - give a folder that is not")
-    return out
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
