@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,14 @@ def test_commands_of_the_documents_compose(corpus: Path, tokenizer_folder: Path)
     commands = re.findall(r"^python train\.py ?([^#\n]*)", documents(), flags=re.MULTILINE)
     assert len(commands) > 10
     for command in commands:
-        words = [word.strip("'") for word in re.findall(r"'[^']*'|\S+", command)]
-        for name, path in (("my.jsonl", corpus), ("book.txt", corpus), ("FOLDER", tokenizer_folder)):
+        plain = re.sub(r"\$('[^']*')", lambda found: found[1].replace("\\n", "\n"), command)  # as bash reads $'…'
+        words = shlex.split(plain)
+        for name, path in (
+            ("my.jsonl", corpus),
+            ("book.txt", corpus),
+            ("FOLDER", tokenizer_folder),
+            ("runs/smollm2", tokenizer_folder),
+        ):
             words = [word.replace(name, str(path)) for word in words]
         check_overrides(words, CONF)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -123,13 +123,13 @@ class Dialogue(Supervised):
 
     messages        the column of the turns, a list of objects
     role, content   their keys
-    roles           what the data calls the roles -> system, user or assistant
+    roles           what the data calls the roles -> system, user or assistant; None: these names
     """
 
     messages: str = "messages"
     role: str = "role"
     content: str = "content"
-    roles: Mapping[str, str] = field(default_factory=dict)
+    roles: Mapping[str, str] | None = None
     bad_rows: BadRows = "refuse"
     weight: Annotated[float, Gt(0)] = 1.0
     family: ClassVar[str] = "decoder"
@@ -138,7 +138,7 @@ class Dialogue(Supervised):
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
-        wrong = [role for role in self.roles.values() if role not in ROLES]
+        wrong = [role for role in (self.roles or {}).values() if role not in ROLES]
         if wrong:
             raise ValueError(f"roles: {wrong[0]!r} is no role; there are {', '.join(ROLES)}")
 
@@ -179,7 +179,7 @@ class Dialogue(Supervised):
             value_of(dict(turn), self.role, where, "role"),
             value_of(dict(turn), self.content, where, "content"),
         )
-        known = self.roles.get(role, role)
+        known = (self.roles or {}).get(role, role)
         if known not in ROLES:
             raise BadRowError(where, f"unknown role {role!r}", f"map it with roles: {{{role}: user}}")
         if not isinstance(content, str):

@@ -26,7 +26,11 @@ DATA = {
     "gsm8k": ([], {"gsm8k": Hub("openai/gsm8k", "main", val_split="test", column="question")}),
     "ultrafeedback": (
         [],
-        {"ultrafeedback": Hub("trl-lib/ultrafeedback-gpt-3.5-turbo-helpfulness", val_split="test", column="prompt")},
+        {
+            "ultrafeedback": Hub(
+                "HuggingFaceH4/ultrafeedback_binarized", split="train_prefs", val_split="test_prefs", column="prompt"
+            )
+        },
     ),
     "squad": ([], {"squad": Hub("rajpurkar/squad", val_split="validation", column="context")}),
     "mixture": (
