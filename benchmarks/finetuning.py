@@ -72,7 +72,7 @@ RECIPES = {
     "banking": Recipe(
         [
             *("experiment=classify_banking77", *ENCODER, "data=files", "data.path={data}/cls_banking77/train.jsonl.gz"),
-            *("data.tasks.classification.label=label", "trainer.max_steps=450", "trainer.val_check_interval=150"),
+            *("data.tasks.classification.label=label", "optimizer.lr=6e-4", "trainer.max_steps=600"),
         ],
         "val/accuracy",
         {"test": ["data.path={data}/cls_banking77/test.jsonl.gz"]},
@@ -116,7 +116,7 @@ RECIPES = {
             *("experiment=lora_smollm2", *LORA, "data.path={data}/sum_debian_desc/train.jsonl.gz"),
             'data.tasks.prompt.prompt="Package description:\n{{document}}\nSummary:"',
             "data.tasks.prompt.answer=' {{summary}}'",
-            *("trainer.max_steps=42", "trainer.val_check_interval=21"),
+            *("trainer.max_steps=30", "trainer.val_check_interval=15"),
         ],
         "val/loss",
         {
@@ -129,7 +129,7 @@ RECIPES = {
     "gsm8k": Recipe(
         [
             *("experiment=lora_smollm2", *LORA, "data.path={data}/ins_gsm8k/train.jsonl.gz"),
-            *("trainer.max_steps=26", "trainer.val_check_interval=13"),
+            *("trainer.max_steps=20", "trainer.val_check_interval=10"),
         ],
         "val/loss",
         {"wikitext": ["task=perplexity", "data.path={runs}/wikitext.jsonl", "--batch-size=4"]},
@@ -138,7 +138,7 @@ RECIPES = {
     "dpo": Recipe(
         [
             *("experiment=dpo", *LORA, "adapter=lora", "optimizer.lr=2e-4", "data.batch_size=8"),
-            *("data.path={runs}/pairs.jsonl", "trainer.max_steps=16", "trainer.val_check_interval=8"),
+            *("data.path={runs}/pairs.jsonl", "trainer.max_steps=12", "trainer.val_check_interval=6"),
         ],
         "val/accuracy",
     ),

@@ -76,6 +76,21 @@ def test_a_step_is_too_long_after_the_floor_or_ten_medians() -> None:
     assert slow.wait(7) is not None
 
 
+def test_the_second_step_may_take_twice_the_first_one() -> None:
+    """Nothing has been timed yet: a model whose every step takes longer than the floor is no hung one."""
+    ranks = Ranks()
+    assert ranks.wait(50) is None, "not busy: the first step, with all that comes before it"
+    ranks.steps = [1, 1]
+    ranks.busy = True
+    assert ranks.wait(95) is None
+    assert ranks.wait(10) is not None
+    again = Ranks()
+    again.wait(50)
+    again.steps = [1, 1]
+    assert [again.step(40.0) for _ in range(3)] == [None] * 3
+    assert again.judge.limit_s == pytest.approx(400, abs=5)
+
+
 def test_one_rank_that_goes_on_does_not_excuse_the_other() -> None:
     ranks = Ranks()
     ranks.step(1.0)

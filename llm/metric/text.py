@@ -133,7 +133,7 @@ def _sacrebleu(metric: Any, texts: Texts, references: References, n_bootstrap: i
         score = metric.corpus_score(list(texts), columns)
         return Score(score.score, signature=str(metric.get_signature()))
     score = metric.corpus_score(list(texts), columns, n_bootstrap=n_bootstrap)
-    low, high = score._mean - score._ci, score._mean + score._ci
+    low, high = float(score._mean - score._ci), float(score._mean + score._ci)
     return Score(score.score, low, high, str(metric.get_signature()))
 
 

@@ -33,15 +33,18 @@ class Judge:
     def __init__(self, floor_s: float, factor: float) -> None:
         self.floor_s, self.factor = floor_s, factor
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
+        self._first_s = 0.0  # of the longest first step, with all that comes before it
+        self._met: dict[int, float] = {}  # when a rank was first seen
         self._before: dict[int, Pulse] = {}
         self._since: dict[int, float] = {}  # when a rank completed its last step, or went to work
         self._now: float | None = None
 
     @property
     def limit_s(self) -> float:
-        """What a step may take."""
-        median = statistics.median(self._durations) if self._durations else 0.0
-        return max(self.floor_s, self.factor * median)
+        """What a step may take; as long as none has been timed, twice the first one, which had more to do."""
+        if not self._durations:
+            return max(self.floor_s, 2 * self._first_s)
+        return max(self.floor_s, self.factor * statistics.median(self._durations))
 
     def look(self, now: float, ranks: Mapping[int, Seen]) -> float | None:
         """How long the step has taken, once that is too long.
@@ -64,8 +67,12 @@ class Judge:
     def _note(self, now: float, rank: int, pulse: Pulse) -> None:
         before = self._before.get(rank)
         steps = 0 if before is None or before.pid != pulse.pid else pulse.steps - before.steps
+        if before is None or before.pid != pulse.pid:
+            self._met[rank] = now
         if steps and before is not None and before.busy and pulse.busy:
             self._durations.append((now - self._since[rank]) / steps)
+        elif steps and before is not None and not before.busy and not self._durations:
+            self._first_s = max(self._first_s, now - self._met[rank])
         if before is None or steps or not pulse.busy or not before.busy:
             self._since[rank] = now
         self._before[rank] = pulse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -26,6 +27,14 @@ def test_bleu_and_chrf_are_sacrebleus() -> None:
     found = METRICS["chrf"](TEXTS, REFERENCES, 0)["chrf"]
     assert found.value == sacrebleu.corpus_chrf(TEXTS, columns).score
     assert "version:" in found.signature
+
+
+def test_intervals_are_plain_numbers() -> None:
+    """Which a file of scores can hold; those of sacrebleu's bootstrap are numpy's."""
+    texts, references = ["a cat sat", "the dog ran home"], [["a cat sat down"], ["the dog ran home"]]
+    for metric in ("bleu", "chrf", "rouge", "classes", "accuracy"):
+        for score in METRICS[metric](texts, references, 10).values():
+            assert json.loads(json.dumps(vars(score)))["low"] <= score.value
 
 
 def test_rouge_is_rouge_scores() -> None:
