@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import yaml
@@ -204,6 +204,11 @@ def _adapter(cfg: DictConfig) -> list[str]:
     return mistakes
 
 
+def label_of(data: TextData) -> Literal["text", "token"]:
+    """What a model for this data puts its labels on, as model.label_of has it."""
+    return "text" if data.answers in ("vocabulary", "label", "preference") else "token"
+
+
 def _answers(model: TransformerConfig, data: TextData, chosen: str) -> list[str]:
     """Whether all three choose from the same: the vocabulary, or as many labels."""
     tasks = ", ".join(data.task_names)
@@ -216,6 +221,11 @@ def _answers(model: TransformerConfig, data: TextData, chosen: str) -> list[str]
         return [
             f"model.n_labels: {model.n_labels} - data.tasks ({tasks}) have {data.n_labels or 'no labels'} - "
             "set it to null, which takes theirs"
+        ]
+    if model.n_labels is not None and model.label_of != label_of(data):
+        return [
+            f"model.label_of: {model.label_of} - data.tasks ({tasks}) have labels of each {label_of(data)} - "
+            f"set it to {label_of(data)}"
         ]
     return []
 

@@ -71,6 +71,7 @@ def evaluate(
     n_bootstrap: int = 0,
     limit: int | None = None,
     run_programs: bool = False,
+    settings: DictConfig | None = None,
 ) -> Evaluation:
     """Score a run or step directory on the held-out rows of its data, or on all of the files that `data.path=…` among
     the `overrides` names.
@@ -81,13 +82,19 @@ def evaluate(
         n_bootstrap: how often the rows are drawn again for intervals; 0: no intervals.
         limit: so many rows at most.
         run_programs: whether programs that the model has written may be run, with limits, as this process's user.
+        settings: of a run, in the place of those of a checkpoint that has none: weights that were imported.
 
     Raises:
         ConfigError: for a key that is none, a metric that is none, and data without a supervised task.
         DataError, CheckpointError: see there.
     """
     step = find(run)
-    cfg = _overridden(OmegaConf.load(step / "config.yaml"), task_node, overrides)
+    cfg: Any = OmegaConf.load(step / "config.yaml")
+    if "data" not in cfg:
+        if settings is None or task_node is None or not _names_files(overrides):
+            raise ConfigError([f"{run}: was trained for no task here - give task=NAME and data.path=FILE"])
+        cfg = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(settings)), {"model": cfg.model})
+    cfg = _overridden(cfg, task_node, overrides)
     data: TextData = built(cfg.data)
     name, task = _task(data)
     unknown = [metric for metric in metrics if metric not in METRICS]

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from llm import signals
-from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, vocab_size
+from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, label_of, vocab_size
 from llm.build import build, built
 from llm.callback import Preempt
 from llm.checkpoint import (
@@ -88,7 +88,7 @@ def run(cfg: DictConfig) -> Outcome:
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
     if cfg.model.get("n_labels") is None and data.n_labels is not None:
         OmegaConf.update(cfg, "model.n_labels", data.n_labels, force_add=True)
-        OmegaConf.update(cfg, "model.label_of", "text" if data.answers == "label" else "token", force_add=True)
+        OmegaConf.update(cfg, "model.label_of", label_of(data), force_add=True)
     objective = get_class(cfg.objective._target_)
     agree(cfg, built(cfg.model), data, built(cfg.strategy), together.here, objective)
     agree_with_first(cfg, together.share("config", lambda: OmegaConf.to_container(cfg, resolve=True)))
@@ -158,7 +158,7 @@ def _model_of_weights(model: Pretrained, init_from: str | None, data: TextData) 
                 "init_from=OUT"
             ]
         )
-    return node_of(model.of(weights, data.n_labels))
+    return node_of(model.of(weights, data.n_labels, label_of(data)))
 
 
 def _set_length(cfg: DictConfig, data: TextData) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose
 
 from llm.__main__ import COMMANDS, CONF, main
 from llm.checkpoint import CheckpointError, average, export_folder, find, load, read_tensors
@@ -20,7 +21,7 @@ from llm.evaluate import Decoding, evaluate, task_from
 from llm.generate import answer, generate
 from llm.run import run
 from llm.talk import talk
-from tests.runs import Compose
+from tests.runs import TINY, Compose
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
 LABELS = ["colour", "number", "animal"]
@@ -229,6 +230,22 @@ def test_answers_are_found_in_contexts(compose_run: Compose, tmp_path: Path) -> 
     found = evaluate(tmp_path / "run")
     assert found.scores["exact"].value > 90, [row for row in found.rows if row["prediction"] not in row["references"]]
     assert {tuple(row["references"]) == () for row in found.rows} == {True, False}
+
+
+def test_answers_are_found_from_given_weights(compose_run: Compose, tmp_path: Path) -> None:
+    """A model of other weights gets labels of its tokens, not of its texts; what contradicts that is refused."""
+    path = tmp_path / "questions.jsonl"
+    row = {"question": "red", "context": "one two red three", "answers": [{"text": "three", "answer_start": 12}]}
+    path.write_text(f"{json.dumps(row)}\n" * 24)
+    settings = [line for line in classifier(path) if not line.startswith(("objective", "data/tasks", "data.tasks"))]
+    settings += ["objective=span_extraction", "data/tasks=question_answering", "trainer.max_steps=2"]
+    run(compose_run(*settings, "schedule.warmup_steps=0", f"run_dir={tmp_path / 'base'}"))
+    common = [line for line in (*TINY, *settings) if not line.startswith(("model", "tokenizer"))]
+    taken = ["model=pretrained", f"init_from={tmp_path / 'base'}", "tokenizer=pretrained"]
+    taken += [f"tokenizer.path={tmp_path / 'base'}", "schedule.warmup_steps=0", f"run_dir={tmp_path / 'run'}"]
+    run(compose("train", [*common, *taken]))
+    assert load(tmp_path / "run")[0].config.label_of == "token"
+    assert set(evaluate(tmp_path / "run").scores) == {"exact", "f1"}
 
 
 def test_what_cannot_be_evaluated_says_why(compose_run: Compose, tmp_path: Path, pairs: Path) -> None:

@@ -91,6 +91,8 @@ def extract(
         for window in several:
             found = next(scores)
             nothing = min(nothing, float(found[0].sum()))
+            if not len(window.offsets):  # a context of which its tokenizer makes nothing
+                continue
             score, start, end = best_span(found[window.first : window.first + len(window.offsets)], task.longest_answer)
             if score > best:
                 best, answer = score, read.texts[1][int(window.offsets[start, 0]) : int(window.offsets[end, 1])]

@@ -245,11 +245,13 @@ class Pretrained:
     dropout: Annotated[float, Ge(0), Lt(1)] | None = None
     max_length: Count | None = None
 
-    def of(self, weights: TransformerConfig, n_labels: int | None) -> TransformerConfig:
-        """That of these weights, with a head for `n_labels` labels, or for the vocabulary."""
+    def of(
+        self, weights: TransformerConfig, n_labels: int | None, label_of: Literal["text", "token"] = "text"
+    ) -> TransformerConfig:
+        """That of these weights, with a head for `n_labels` labels of texts or of tokens, or for the vocabulary."""
         given = {"dropout": self.dropout, "max_length": self.max_length}
         changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        changes["n_labels"] = n_labels
+        changes |= {"n_labels": n_labels, "label_of": label_of}
         return replace(weights, **changes, next_sentence=weights.next_sentence and n_labels is None)
 
 
