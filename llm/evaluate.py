@@ -89,12 +89,7 @@ def evaluate(
         DataError, CheckpointError: see there.
     """
     step = find(run)
-    cfg: Any = OmegaConf.load(step / "config.yaml")
-    if "data" not in cfg:
-        if settings is None or task_node is None or not _names_files(overrides):
-            raise ConfigError([f"{run}: was trained for no task here - give task=NAME and data.path=FILE"])
-        cfg = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(settings)), {"model": cfg.model})
-    cfg = _overridden(cfg, task_node, overrides)
+    cfg = _overridden(_settings(step, settings), task_node, overrides)
     data: TextData = built(cfg.data)
     name, task = _task(data)
     unknown = [metric for metric in metrics if metric not in METRICS]
@@ -109,8 +104,6 @@ def evaluate(
     task.check(name, tokenizer)
     found = Evaluation()
     reads = _read(data, task, found, limit, everything=_names_files(overrides))
-    if not reads:
-        raise DataError(f"nothing to evaluate on: no row is an example of data.tasks.{name}")
     decoding = decoding or Decoding()
     if isinstance(task, Likelihoods):
         told, found.scores = _likely(model, tokenizer, task, reads, decoding.batch_size, n_bootstrap)
@@ -143,6 +136,8 @@ def _read(data: TextData, task: Supervised, found: Evaluation, limit: int | None
             found.skipped[error.rule] += 1
             continue
         found.rows.append({"id": where})
+    if not reads:
+        raise DataError(f"nothing to evaluate on: no row is an example of data.tasks.{', '.join(data.tasks)}")
     return reads
 
 
@@ -259,6 +254,16 @@ def _task(data: TextData) -> tuple[str, Supervised]:
             [f"data.tasks: {', '.join(data.tasks)} - one task with answers is evaluated at a time - name one"]
         )
     return found[0]
+
+
+def _settings(step: Path, settings: DictConfig | None) -> Any:
+    """Those of a checkpoint; where it has its model's only, as one that was imported, with others for the rest."""
+    cfg: Any = OmegaConf.load(step / "config.yaml")
+    if "data" in cfg:
+        return cfg
+    if settings is None:
+        raise ConfigError([f"{step}: was trained for no task here - give task=NAME and data.path=FILE"])
+    return OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(settings)), {"model": cfg.model})
 
 
 def _overridden(cfg: Any, task_node: Mapping[str, Any] | None, overrides: Sequence[str]) -> DictConfig:
