@@ -189,14 +189,12 @@ def evaluate(arguments: Sequence[str]) -> None:
     options, overrides = parser.parse_known_args(list(arguments))
     chosen = [override for override in overrides if override.startswith("task=")]
     overrides = [override for override in overrides if override not in chosen]
-    from llm.checkpoint import find
     from llm.evaluate import Decoding, table, task_from
     from llm.evaluate import evaluate as scored
 
     names = ("max_new_tokens", "batch_size", "n_beams", "alpha", "temperature")
     decoding = Decoding(**{name: getattr(options, name) for name in names})
     task = task_from(CONF / "data" / "tasks", chosen[-1].removeprefix("task=")) if chosen else None
-    tokenizer = ["tokenizer=pretrained", f"tokenizer.path={find(options.run) / 'tokenizer'}"]
     found = scored(
         options.run,
         overrides,
@@ -205,7 +203,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         decoding,
         n_bootstrap=options.bootstrap,
         limit=options.limit,
-        settings=_compose(["data=files", "data.path=rows", "logger=none", *tokenizer]),
+        settings=_settings_of_weights,
         run_programs=options.run_programs,
     )
     out = options.out or Path(options.run) / "predictions.jsonl"
@@ -323,6 +321,12 @@ def main(arguments: Sequence[str]) -> None:
 
     with guarded():
         COMMANDS[arguments[0]](arguments[1:])
+
+
+def _settings_of_weights(step: Path) -> DictConfig:
+    """Of a run that reads files by the tokenizer of a step directory: for what was imported, and has none."""
+    tokenizer = ["tokenizer=pretrained", f"tokenizer.path={step / 'tokenizer'}"]
+    return _compose(["data=files", "data.path=rows", "logger=none", *tokenizer])
 
 
 def _compose(overrides: list[str]) -> DictConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ def evaluate(
     n_bootstrap: int = 0,
     limit: int | None = None,
     run_programs: bool = False,
-    settings: DictConfig | None = None,
+    settings: Callable[[Path], DictConfig] | None = None,
 ) -> Evaluation:
     """Score a run or step directory on the held-out rows of its data, or on all of the files that `data.path=…` among
     the `overrides` names.
@@ -82,7 +82,7 @@ def evaluate(
         n_bootstrap: how often the rows are drawn again for intervals; 0: no intervals.
         limit: so many rows at most.
         run_programs: whether programs that the model has written may be run, with limits, as this process's user.
-        settings: of a run, in the place of those of a checkpoint that has none: weights that were imported.
+        settings: composes those of a run for a step directory that has none: weights that were imported.
 
     Raises:
         ConfigError: for a key that is none, a metric that is none, and data without a supervised task.
@@ -256,14 +256,14 @@ def _task(data: TextData) -> tuple[str, Supervised]:
     return found[0]
 
 
-def _settings(step: Path, settings: DictConfig | None) -> Any:
+def _settings(step: Path, compose: Callable[[Path], DictConfig] | None) -> Any:
     """Those of a checkpoint; where it has its model's only, as one that was imported, with others for the rest."""
     cfg: Any = OmegaConf.load(step / "config.yaml")
     if "data" in cfg:
         return cfg
-    if settings is None:
+    if compose is None:
         raise ConfigError([f"{step}: was trained for no task here - give task=NAME and data.path=FILE"])
-    return OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(settings)), {"model": cfg.model})
+    return OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(compose(step))), {"model": cfg.model})
 
 
 def _overridden(cfg: Any, task_node: Mapping[str, Any] | None, overrides: Sequence[str]) -> DictConfig:

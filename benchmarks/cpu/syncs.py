@@ -13,7 +13,7 @@ import subprocess
 
 from benchmarks.contest import ContestError, Spread
 from benchmarks.contestants.ours import ours
-from benchmarks.machine import ROOT
+from benchmarks.machine import import_path
 from benchmarks.material import SHARED, text_file
 from benchmarks.measure import Bar, Row, Session
 
@@ -70,7 +70,7 @@ def _counts(session: Session, family: str, text: str) -> dict[int, int]:
     command = [word for word in command if not word.startswith("+callback.turn=")]
     folder = session.folder / family
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": import_path(), "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise ContestError(f"{family} ended with code {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
