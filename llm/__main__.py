@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from llm.cluster import commands as cluster
+from llm.command import CONF, Parser, compose
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -18,24 +21,19 @@ if TYPE_CHECKING:
     from llm.model import Transformer
     from llm.tokenizer import Tokenizer
 
-CONF = Path(__file__).parents[1] / "conf"
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with the exit code that a wrong command line has here."""
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(64, f"{self.prog}: {message}\n")
-
 
 def prepare(arguments: Sequence[str]) -> None:
     """Make the tokenizer and the token cache that train.py with the same overrides will use."""
-    parser = _Parser("python -m llm prepare", description=prepare.__doc__)
+    parser = Parser("python -m llm prepare", description=prepare.__doc__)
     parser.add_argument("--list", action="store_true", help="show what data.cache_dir holds, and make nothing")
     parser.add_argument("--clean", action="store_true", help="empty data.cache_dir, and make nothing")
+    parser.add_argument(
+        "--share",
+        metavar="K/N",
+        help="tokenise share K of N, from 0; who ends last merges them",
+    )
     options, overrides = parser.parse_known_args(list(arguments))
-    cfg = _compose(overrides)
+    cfg = compose(overrides)
     cache_dir = Path(cfg.data.cache_dir).expanduser()
     if options.list or options.clean:
         from llm.data.cache import caches, remove_caches
@@ -47,11 +45,14 @@ def prepare(arguments: Sequence[str]) -> None:
         return
     from llm.run import prepare as prepare_data
 
-    prepare_data(cfg)
+    number, _, of = (options.share or "0/1").partition("/")
+    if not (number.isdecimal() and of.isdecimal()):
+        parser.error(f"--share {options.share}: give K/N, as 2/4 for the third of four")
+    prepare_data(cfg, None if options.share is None else (int(number), int(of)))
 
 
 def _generate_options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser("python -m llm generate", description=generate.__doc__)
+    parser = Parser("python -m llm generate", description=generate.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
     parser.add_argument("--prompt", action="append", help="text to complete; may be given several times")
     parser.add_argument("--file", type=Path, help="a prompt in each line; a JSON line with prompt and text for each")
@@ -170,7 +171,7 @@ def _labelled(model: Transformer, tokenizer: Tokenizer, run: str, prompts: list[
 def evaluate(arguments: Sequence[str]) -> None:
     """Score a run on held-out rows of its data, or all of data.path=FILE, by a task's metrics (docs/finetuning.md):
     that of its training, or task=NAME of conf/data/tasks."""
-    parser = _Parser("python -m llm evaluate", description=evaluate.__doc__)
+    parser = Parser("python -m llm evaluate", description=evaluate.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
     parser.add_argument(
         "--metric", action="append", default=[], help="instead of the task's; may be given several times"
@@ -213,7 +214,7 @@ def evaluate(arguments: Sequence[str]) -> None:
 
 def import_weights(arguments: Sequence[str]) -> None:
     """Make a checkpoint of ours from a folder of Hugging Face's (docs/huggingface.md)."""
-    parser = _Parser("python -m llm import", description=import_weights.__doc__)
+    parser = Parser("python -m llm import", description=import_weights.__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="folder with config.json and safetensors, or a .gguf file")
     parser.add_argument("out", metavar="OUT", help="directory to make, for generate, init_from= and export")
     options = parser.parse_args(list(arguments))
@@ -228,7 +229,7 @@ def import_weights(arguments: Sequence[str]) -> None:
 
 def export_weights(arguments: Sequence[str]) -> None:
     """Make a folder that transformers loads from a run (docs/huggingface.md)."""
-    parser = _Parser("python -m llm export", description=export_weights.__doc__)
+    parser = Parser("python -m llm export", description=export_weights.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
     parser.add_argument("out", metavar="OUT", help="folder to make")
     parser.add_argument("--adapter", action="store_true", help="of a run with adapter=lora the adapter alone, for peft")
@@ -241,7 +242,7 @@ def export_weights(arguments: Sequence[str]) -> None:
 
 def average_weights(arguments: Sequence[str]) -> None:
     """Make a checkpoint of the mean of a run's last checkpoints, which is often better than the last one."""
-    parser = _Parser("python -m llm average", description=average_weights.__doc__)
+    parser = Parser("python -m llm average", description=average_weights.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("out", metavar="OUT", help="directory to make, for generate, evaluate, init_from= and export")
     parser.add_argument("--last", type=int, default=5, metavar="N", help="of so many checkpoints (default 5)")
@@ -254,7 +255,7 @@ def average_weights(arguments: Sequence[str]) -> None:
 
 def audit(arguments: Sequence[str]) -> None:
     """Prove from a run's ledger that no sample was lost or used twice, or show what steps were trained on."""
-    parser = _Parser("python -m llm audit", description=audit.__doc__)
+    parser = Parser("python -m llm audit", description=audit.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--step", type=int, help="show the text of one step")
     parser.add_argument("--steps", metavar="A:B", help="which sources steps A to B were of, most unusual first")
@@ -277,7 +278,7 @@ def audit(arguments: Sequence[str]) -> None:
 
 def verify(arguments: Sequence[str]) -> None:
     """Prove that runs of a configuration survive interruptions bit for bit: a short one, interrupted and continued."""
-    parser = _Parser("python -m llm verify", description=verify.__doc__)
+    parser = Parser("python -m llm verify", description=verify.__doc__)
     parser.add_argument("--steps", type=int, default=12, help="of the short run, at least 8")
     parser.add_argument("--out", type=Path, help="directory to make, for certificate.json (default runs/verify-TIME)")
     options, overrides = parser.parse_known_args(list(arguments))
@@ -286,7 +287,7 @@ def verify(arguments: Sequence[str]) -> None:
     out = options.out or Path("runs") / time.strftime("verify-%Y-%m-%d_%H-%M-%S")
     if out.exists() and any(out.iterdir()):
         parser.error(f"--out {out}: is not empty; give another directory")
-    cfg = _compose(overrides)
+    cfg = compose(overrides)
     from llm import verify as certificate
 
     made = certificate.plan(cfg, overrides, options.steps)
@@ -308,6 +309,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "average": average_weights,
     "audit": audit,
     "verify": verify,
+    "submit": cluster.submit,
+    "status": cluster.status,
+    "logs": cluster.logs,
+    "cancel": cluster.cancel,
+    "where": cluster.where,
+    "combination": cluster.combination,
 }
 
 
@@ -326,18 +333,7 @@ def main(arguments: Sequence[str]) -> None:
 def _settings_of_weights(step: Path) -> DictConfig:
     """Of a run that reads files by the tokenizer of a step directory: for what was imported, and has none."""
     tokenizer = ["tokenizer=pretrained", f"tokenizer.path={step / 'tokenizer'}"]
-    return _compose(["data=files", "data.path=rows", "logger=none", *tokenizer])
-
-
-def _compose(overrides: list[str]) -> DictConfig:
-    """The configuration that train.py would run with these overrides."""
-    from llm.config import ConfigError, check_overrides, register
-
-    register()
-    cfg = check_overrides(overrides, CONF)
-    if cfg is None:
-        raise ConfigError([f"{' '.join(overrides)}: is for train.py - give key=value overrides only"])
-    return cfg
+    return compose(["data=files", "data.path=rows", "logger=none", *tokenizer])
 
 
 if __name__ == "__main__":

@@ -35,22 +35,24 @@ class Strategy(Protocol):
 
 
 def agree(
-    cfg: DictConfig, model: TransformerConfig, data: TextData, strategy: Strategy, here: Place, objective: type
+    cfg: DictConfig, model: TransformerConfig, data: TextData, strategy: Strategy, here: Place | None, objective: type
 ) -> None:
     """Compare the groups with each other, with this machine and with the processes that were started.
 
-    Of the `objective` the class is looked at: which family of models it trains, and what it predicts.
+    Of the `objective` the class is looked at: which family of models it trains, and what it predicts. Of a run that
+    will be elsewhere, `here` is None, and this machine does not matter.
 
     Raises:
         ConfigError: with one line for each rule that does not hold.
         CheckpointError: if `init_from` names no checkpoint.
     """
-    mistakes = [*_vocabulary_and_length(model, data), *_family(model, data, objective), *_devices(cfg)]
+    mistakes = [*_vocabulary_and_length(model, data), *_family(model, data, objective)]
+    mistakes += [] if here is None else _devices(cfg)
     world_size = _n_devices(cfg) * cfg.trainer.num_nodes
     problems = strategy.problems(
         model, world_size, cfg.trainer.accelerator, cfg.trainer.precision, data.tells_documents
     )
-    mistakes += problems or _processes(cfg, here)
+    mistakes += problems or ([] if here is None else _processes(cfg, here))
     try:
         data.check_world(strategy.n_data_processes(world_size))
     except ValueError as error:

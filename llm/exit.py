@@ -213,7 +213,7 @@ def _say(error: BaseException, code: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     text = str(error) or type(error).__name__
     prefix = f"rank {_rank}: " if _rank > 0 else ""
-    if code == BUG and not isinstance(error, LostPeerError):
+    if code == BUG and not hasattr(error, "exit_code"):
         text = "".join(traceback.format_exception(error)).rstrip()
     elif code == LOST or isinstance(error, LostPeerError):
         text, prefix = lost_words(error), f"rank {_rank}: "

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,10 +18,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
-from llm import signals
+from llm import attempts, signals
 from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, label_of, vocab_size
 from llm.build import build, built
-from llm.callback import Preempt
+from llm.callback import Preempt, tell
 from llm.checkpoint import (
     configuration_at,
     find,
@@ -34,17 +32,19 @@ from llm.checkpoint import (
     set_aside_damaged,
     sweep,
 )
-from llm.config import ConfigError, check, wandb_offline
+from llm.config import ConfigError, check
+from llm.console import quiet, speak
 from llm.data import TextData
 from llm.exit import RunExistsError, as_rank, finished, guarded, recorded, write_end
 from llm.guard import DivergedError, RollBackError, Window
 from llm.launch import place
-from llm.lock import Lock
+from llm.lock import FOLDER, Lock
 from llm.machine import accelerator, keep_freed_memory, precision
 from llm.model import Pretrained, node_of
 from llm.signals import PreemptedError
 from llm.strategy import Rendezvous, Stored, first_to_fail, leave, meet, see_off
 
+_BEFORE = (FOLDER, "jobs")  # what lies in a run directory before there is a run
 _log = logging.getLogger(__name__)
 
 
@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> Outcome:
     signals.begin()
     check(cfg)
     cfg = cfg.copy()
-    _quiet()
+    quiet()
     cfg.trainer.accelerator = accelerator(cfg.trainer.accelerator)
     cfg.trainer.precision = precision(cfg.trainer.precision, cfg.trainer.accelerator)
     if cfg.trainer.accelerator == "cpu":
@@ -81,15 +81,7 @@ def run(cfg: DictConfig) -> Outcome:
     signals.raise_at_once()
     here = together.here
     as_rank(here.rank, here.world_size, watched=here.launcher == "launch")
-    data: TextData = built(cfg.data)
-    model = built(cfg.model)
-    if isinstance(model, Pretrained):
-        cfg.model = _model_of_weights(model, cfg.init_from, data)
-    cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
-    if cfg.model.get("n_labels") is None and data.n_labels is not None:
-        OmegaConf.update(cfg, "model.n_labels", data.n_labels, force_add=True)
-        OmegaConf.update(cfg, "model.label_of", label_of(data), force_add=True)
-    objective = get_class(cfg.objective._target_)
+    data, objective = settled(cfg)
     agree(cfg, built(cfg.model), data, built(cfg.strategy), together.here, objective)
     agree_with_first(cfg, together.share("config", lambda: OmegaConf.to_container(cfg, resolve=True)))
     try:
@@ -102,6 +94,19 @@ def run(cfg: DictConfig) -> Outcome:
     return outcome
 
 
+def settled(cfg: DictConfig) -> tuple[TextData, type]:
+    """Fill in what of the model follows from the weights and the data; gives the data and the objective's class."""
+    data: TextData = built(cfg.data)
+    model = built(cfg.model)
+    if isinstance(model, Pretrained):
+        cfg.model = _model_of_weights(model, cfg.init_from, data)
+    cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
+    if cfg.model.get("n_labels") is None and data.n_labels is not None:
+        OmegaConf.update(cfg, "model.n_labels", data.n_labels, force_add=True)
+        OmegaConf.update(cfg, "model.label_of", label_of(data), force_add=True)
+    return data, get_class(cfg.objective._target_)
+
+
 def main(cfg: DictConfig) -> None:
     """`run`, for a shell: a mistake of the user's is one line, a bug a traceback, and each has its exit code."""
     speak()
@@ -109,11 +114,24 @@ def main(cfg: DictConfig) -> None:
         run(cfg)
 
 
-def prepare(cfg: DictConfig) -> None:
-    """Make the tokenizer and the token cache of `cfg`, and print what they hold."""
+def prepare(cfg: DictConfig, share: tuple[int, int] | None = None) -> None:
+    """Make the tokenizer and the token cache of `cfg`, and print what they hold; with `share` (number, of) that part of
+    the token files, and the rest if it is the last one.
+
+    Raises:
+        ConfigError: if there is no such share.
+    """
     check(cfg)
     speak()
     data: TextData = built(cfg.data)
+    if share is not None:
+        try:
+            complete = data.prepare_share(*share)
+        except ValueError as error:
+            raise ConfigError([str(error)]) from error
+        if not complete:
+            print(f"share {share[0]}/{share[1]}: made; others are not there yet")
+            return
     data.prepare()
     print(yaml.safe_dump(data.report(), sort_keys=False))
 
@@ -127,7 +145,7 @@ def claim(run_dir: Path, resume: str, lock: Lock) -> str | None:
         CheckpointError: if there are checkpoints, and all are damaged.
         OSError: naming the key, if the directory cannot be made.
     """
-    if resume == "never" and run_dir.exists() and any(path.name != lock.folder.name for path in run_dir.iterdir()):
+    if resume == "never" and run_dir.exists() and any(path.name not in _BEFORE for path in run_dir.iterdir()):
         raise RunExistsError(
             f"run_dir: {run_dir} exists - resume=never does not write into an existing run - "
             f"give another run_name, or resume=auto to continue it"
@@ -184,11 +202,12 @@ def _trained(cfg: DictConfig, data: TextData, together: Rendezvous, found: str |
     together.once_per_node("data", data.prepare)
     data.prepare()  # which finds what was made
     _set_length(cfg, data)
-    step = together.share("start", lambda: _start(cfg, data, found))
+    world_size = together.here.world_size
+    step = together.share("start", lambda: _start(cfg, data, found, world_size))
     if step is not None:
         _log.info("%s: finished already, at step %d; a larger trainer.max_steps continues it", run_dir, step)
         return Outcome(run_dir, step, {})
-    with recorded(run_dir):
+    with attempts.attempted(run_dir, first=together.here.rank == 0), recorded(run_dir):
         back = _Back()
         while True:
             outcome = _attempt(cfg, data, together, found, lock, back)
@@ -278,9 +297,7 @@ def _end(trainer: L.Trainer, run_dir: Path) -> None:
 
 def _finish_wandb(trainer: L.Trainer) -> None:
     """Whatever comes next in this process would go on writing into it."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
+    tell(trainer, lambda logger: logger.experiment.finish() if isinstance(logger, WandbLogger) else None)
 
 
 def _continue_wandb(trainer: L.Trainer, run_id: str | None) -> None:
@@ -290,16 +307,19 @@ def _continue_wandb(trainer: L.Trainer, run_id: str | None) -> None:
             logger._wandb_init |= {"id": run_id, "resume": "allow"}
 
 
-def _start(cfg: DictConfig, data: TextData, checkpoint: str | None) -> int | None:
+def _start(cfg: DictConfig, data: TextData, checkpoint: str | None, world_size: int) -> int | None:
     """Whether the run that `cfg` describes can go on, or begin; the step it is at if there is nothing left to do."""
+    run_dir, at = Path(cfg.run_dir), 0
     if checkpoint is not None:
-        step = finished(Path(cfg.run_dir), cfg.trainer.max_steps)
+        step = finished(run_dir, cfg.trainer.max_steps)
         if step is not None:
             return step
         agree_with_checkpoint(cfg, data, Path(checkpoint))
+        at = read_state(Path(checkpoint))["global_step"]
         _log.info("continuing from %s", checkpoint)
     elif cfg.init_from is not None:
         agree_with_weights(data, cfg.init_from)
+    attempts.begin(run_dir, at, world_size)
     return None
 
 
@@ -342,49 +362,3 @@ def _write_inputs(cfg: DictConfig, run_dir: Path, data: TextData) -> list[Path]:
     os.replace(temporary, run_dir / "config.yaml")
     data.tokenizer.save(run_dir / "tokenizer")
     return [run_dir / "config.yaml", run_dir / "tokenizer"]
-
-
-def speak() -> None:
-    """Print what the rooms have to say (a long preparation, a damaged cache), message by message; of several processes
-    the first prints, and the others only what is wrong."""
-    rank = place().rank
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
-    log = logging.getLogger("llm")
-    log.handlers, log.propagate = [handler], False  # Hydra has a handler at the root, which would say it again
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-
-
-def _quiet() -> None:
-    """Silence what Lightning tells users of its own data loaders and loops; ours are other ones. Of several processes
-    the first warns."""
-    if place().rank > 0:
-        warnings.simplefilter("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Compiled, selective checkpointing is warned of for operations in place, of which a block has none.
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    # Where it warns that a checkpoint gathers weights spread over two axes one axis after the other.
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-    if wandb_offline():  # where the files lie is said at the end; online, people want the link
-        os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_CONSOLE", "off")  # the progress bar is no record worth keeping
-    for message in (
-        ".*does not have many workers.*",
-        ".*You have overridden `on_before_batch_transfer`.*",
-        ".*FSDP2-wrapped module .* returned a view tensor.*",
-        ".*It is recommended to use `self.log.*sync_dist=True.*",
-        ".*`srun` command is available on your system but is not used.*",
-        ".*your dataloader is not resumable.*",
-        ".*Total length of `list` across ranks is zero.*",
-        ".*is smaller than the logging interval.*",
-        ".*You have overridden `on_before_batch_transfer` in `LightningModule`.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*callbacks used to create the checkpoint need to be provided.*",
-        ".*The dirpath has changed from.*",
-        ".*every_n_train_steps, but no pre-optimization state was saved.*",
-        ".*isinstance.treespec, LeafSpec.* is deprecated.*",
-        ".*You're resuming from a checkpoint that ended before the epoch ended.*",
-        ".*torch.distributed is disabled, unavailable or uninitialized.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

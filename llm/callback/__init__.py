@@ -5,6 +5,7 @@ from llm.callback.due_validation import DueValidation
 from llm.callback.evaluate import Evaluate
 from llm.callback.garbage import Garbage
 from llm.callback.ledger import Ledger
+from llm.callback.loggers import tell
 from llm.callback.metrics import Metrics
 from llm.callback.preempt import Preempt
 from llm.callback.progress import Progress
@@ -26,4 +27,5 @@ __all__ = [
     "Sample",
     "Summary",
     "Watchdog",
+    "tell",
 ]

@@ -10,6 +10,7 @@ import torch
 from annotated_types import Gt
 from lightning.pytorch.callbacks import Callback
 
+from llm.callback.loggers import tell
 from llm.callback.record import Record
 from llm.metric import model_flops_utilisation, peak_flops
 from llm.objective import Objective
@@ -127,8 +128,8 @@ class Metrics(Callback):
             return
         row: dict[str, float | None] = {"step": trainer.global_step, "tokens": tokens, **values}
         Record.of(trainer).append(row)
-        for logger in trainer.loggers:
-            logger.log_metrics({"tokens": tokens, **values}, step=trainer.global_step)
+        shown, step = {"tokens": tokens, **values}, trainer.global_step
+        tell(trainer, lambda logger: logger.log_metrics(shown, step=step))
 
 
 def metrics_of(trainer: L.Trainer) -> Metrics | None:

@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Interval
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 
+from llm.callback.loggers import tell
 from llm.generate import complete
 from llm.objective import Objective
 from llm.reduce import from_first
@@ -91,13 +92,15 @@ class Sample(Callback):
         with open(_file(trainer), "a") as file:
             for number, text in enumerate(self.texts, 1):
                 file.write(f"==== step {trainer.global_step}, sample {number} ====\n{text}\n\n")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                rows = [[str(trainer.global_step), text] for text in self.texts]
-                logger.log_text("samples", columns=["step", "text"], data=rows, step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                for number, text in enumerate(self.texts, 1):
-                    logger.experiment.add_text(f"sample/{number}", f"```\n{text}\n```", trainer.global_step)
+        tell(trainer, lambda logger: self._show(logger, trainer.global_step))
+
+    def _show(self, logger: Any, step: int) -> None:
+        if isinstance(logger, WandbLogger):
+            rows = [[str(step), text] for text in self.texts]
+            logger.log_text("samples", columns=["step", "text"], data=rows, step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            for number, text in enumerate(self.texts, 1):
+                logger.experiment.add_text(f"sample/{number}", f"```\n{text}\n```", step)
 
     def _complete_prompts(self, trainer: L.Trainer, objective: Objective) -> list[str]:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
-import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
@@ -18,10 +18,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from llm import attempts
 from llm.callback.metrics import metrics_of
 from llm.callback.plot import plot_run
 from llm.callback.record import Record, Row
 from llm.callback.sample import Sample
+from llm.code import commit
 from llm.metric import gzip_bits_per_byte, unigram_bits_per_byte, wilson_interval
 from llm.objective import Objective
 
@@ -71,6 +73,8 @@ class Summary(Callback):
             "train/loss": _last(rows, "train/loss"),
             **validated,
             "baselines": baselines,
+            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+            "interruptions": attempts.interruptions(run_dir),
             "commit": commit(),
             "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _PACKAGES}},
         }
@@ -79,15 +83,6 @@ class Summary(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         samples = next((callback.texts for callback in callbacks if isinstance(callback, Sample)), [])
         _print(summary, samples, run_dir)
-
-
-def commit() -> str | None:
-    """The commit of the code, with `-dirty` if files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _last(rows: list[Row], name: str) -> float | None:

@@ -1,4 +1,5 @@
-"""What a cluster makes of a run before it is started: bytes on the wire, seconds per step, memory. Arithmetic only."""
+"""A run on a cluster: what it takes (bytes on the wire, seconds per step, memory: arithmetic), and how it gets there
+(`commands`: submit, status, logs, cancel)."""
 
 from llm.cluster.memory import memory_bytes
 from llm.cluster.scaling import (
@@ -12,6 +13,7 @@ from llm.cluster.scaling import (
     tokens_per_s,
     update_s,
 )
+from llm.cluster.slurm import Slurm
 from llm.cluster.traffic import Layout, Model, Stage, Transfer, bytes_by_kind, stages
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "Layout",
     "Link",
     "Model",
+    "Slurm",
     "Stage",
     "StepTime",
     "Transfer",

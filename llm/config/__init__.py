@@ -9,7 +9,7 @@ from llm.config.check import check
 from llm.config.command_line import check_overrides
 from llm.config.mistake import ConfigError, refuse
 from llm.config.online import wandb_offline
-from llm.config.schema import Run, given_run_id, job_run_id, register, run_id
+from llm.config.schema import Run, given_run_id, job_run_id, made_run_id, register, run_id
 
 __all__ = [
     "ConfigError",
@@ -18,6 +18,7 @@ __all__ = [
     "check_overrides",
     "given_run_id",
     "job_run_id",
+    "made_run_id",
     "refuse",
     "register",
     "run_id",

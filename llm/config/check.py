@@ -20,7 +20,7 @@ from llm.config.value import Built, judge, shown
 
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
 # Rooms that import no torch: their mistakes are answered before Lightning's signatures, which cost 4 s, are looked at.
-_LIGHT = ("model", "tokenizer", "optimizer", "schedule", "guard", "data.sources")
+_LIGHT = ("model", "tokenizer", "optimizer", "schedule", "guard", "cluster", "data.sources")
 _RESUME = ("auto", "must", "never")
 _TRAINER_KEYS = {*habit.TRAINER, *habit.HABITS, *habit.FIXED}
 

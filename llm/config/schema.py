@@ -45,6 +45,7 @@ class Run:
     resume: Any = "auto"
     init_from: Any = None
     adapter: Any = None
+    cluster: Any = None
     packages: Any = field(default_factory=list)
 
 
@@ -77,9 +78,13 @@ def run_id() -> str:
     given = given_run_id()
     if given:
         return given
-    made = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
-    os.environ[RUN_ID] = made
-    return made
+    os.environ[RUN_ID] = made_run_id()
+    return os.environ[RUN_ID]
+
+
+def made_run_id() -> str:
+    """A new one: the time and four random hex."""
+    return f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{secrets.token_hex(2)}"
 
 
 def given_run_id() -> str | None:

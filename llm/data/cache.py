@@ -11,17 +11,23 @@ import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 META = "meta.json"
+# Part of every key. Raised whenever the files or the way to them change: older caches are then made anew.
+FORMAT = 4
 _OURS = re.compile(
-    r"(?P<kind>tokenizer|tokens|rows|examples)-[0-9a-f]{16}"
+    r"(?P<name>(tokenizer|tokens|rows|examples)-[0-9a-f]{16}|share-[0-9a-f]{16}-\d+of\d+)"
     r"(?P<rest>\.lock|\.tmp-(?P<host>[^ ]+)-(?P<pid>\d+)-[0-9a-f]{8})?"
 )
 _log = logging.getLogger(__name__)
+
+
+class OvertakenError(Exception):
+    """Raised by the builder of a folder that finds it made by another process in the meantime: that one is taken."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ def cached(root: Path, kind: str, key: str, build: Callable[[Path], dict[str, An
 
     It is built under another name and renamed when complete, so that a killed process leaves nothing that could be
     taken for it; of two processes one builds and the other waits (or, where the file system has no locks, the first
-    rename wins). Raises OSError naming data.cache_dir when the place cannot be written.
+    rename wins). `build` may raise OvertakenError if the folder is there by now. Raises OSError naming data.cache_dir
+    when the place cannot be written.
     """
     final = root / f"{kind}-{key}"
     try:
@@ -65,29 +72,39 @@ def cached(root: Path, kind: str, key: str, build: Callable[[Path], dict[str, An
         ) from error
 
 
+def find(root: Path, kind: str, key: str) -> Cache | None:
+    """The folder `root/kind-key`, if it is there and intact."""
+    return _intact(root / f"{kind}-{key}")
+
+
 def caches(root: Path) -> list[Cache]:
     """Every intact cache below `root`, by name."""
     folders = sorted(path for path in root.glob("*-*") if _OURS.fullmatch(path.name) and path.is_dir())
     return [found for found in map(_intact, folders) if found is not None]
 
 
-def remove_caches(root: Path) -> int:
-    """Delete all caches below `root`, left-overs of killed processes included; returns the bytes freed.
+def remove_caches(root: Path, pattern: str = "*-*") -> int:
+    """Delete all caches below `root`, or those whose names fit `pattern`, left-overs of killed processes included;
+    returns the bytes freed.
 
-    What another process is making just now stays, and so do files that are none of ours.
+    What another process is at work on just now stays, and so do files that are none of ours.
     """
-    ours = [path for path in sorted(root.glob("*-*")) if _OURS.fullmatch(path.name)]
+    ours: dict[str, list[Path]] = {}
+    for path in sorted(root.glob(pattern)):
+        if match := _OURS.fullmatch(path.name):
+            ours.setdefault(match["name"], []).append(path)
     freed = 0
-    for name in sorted({path.name[: path.name.index("-") + 17] for path in ours}):
+    for name, paths in ours.items():
         try:
             with _locked(root / name, wait=False):
-                for path in [path for path in ours if path.name.startswith(name)]:
-                    inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-                    freed += sum(file.stat().st_size for file in inside)
+                for path in paths:
+                    with suppress(FileNotFoundError):  # without locks, two may delete the same at once
+                        inside = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+                        freed += sum(file.stat().st_size for file in inside)
                     _remove(path)
                 _remove(root / f"{name}.lock")
         except BlockingIOError:
-            _log.warning("%s: another process is making this; it stays", root / name)
+            _log.warning("%s: another process is at work on this; it stays", root / name)
     return freed
 
 
@@ -132,6 +149,8 @@ def _build(final: Path, build: Callable[[Path], dict[str, Any]]) -> Cache:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
             # Someone was faster, which only happens without locks; theirs holds the same.
+    except OvertakenError:
+        _log.info("%s: another process has made this meanwhile", final)
     finally:
         if temporary.exists():
             _remove(temporary)

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from llm.data.cache import Cache, cached
+from llm.data.cache import FORMAT, Cache, cached
 from llm.data.chat import template_of
 from llm.data.pack import BLOCK, placed
-from llm.data.prepare import FORMAT, Held
+from llm.data.prepare import Held
 from llm.data.source import DataError, Source, digest
 from llm.data.supervised import BadRowError, Example, Supervised
 from llm.data.task import Widths

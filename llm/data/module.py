@@ -15,12 +15,13 @@ from annotated_types import Ge
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from llm.data.cache import FORMAT
 from llm.data.collate import Settings, Step
 from llm.data.example import Symbols
 from llm.data.labelling import Classify, Tag
 from llm.data.order import Order
 from llm.data.parts import AnyRows, Part, Plan, Prepared
-from llm.data.prepare import FORMAT, Held, Recipe
+from llm.data.prepare import Held, Recipe
 from llm.data.report import rows_report, text_report
 from llm.data.source import DataError, Files, Row, Source, digest
 from llm.data.steps import From, TrainSteps, ValSteps
@@ -91,16 +92,26 @@ class TextData(LightningDataModule):
     # Preparation
 
     def prepare(self) -> None:
-        """Build or find the tokenizer, the token files and the rows. Raises DataError; OSError for data.cache_dir."""
+        """Build or find the tokenizer, the token files and the rows. Token files whose shares are all there are put
+        together of them. Raises DataError; OSError for data.cache_dir."""
         _ = self._prepared
+
+    def prepare_share(self, number: int, of: int) -> bool:
+        """Build or find share `number`, counted from 0, of the `of` that the token files are divided into; returns
+        whether all are there now, so that `prepare` has no text to tokenise. Raises as it does, and ValueError."""
+        return self._plan.share(self.recipe, number, of)
 
     def prepare_data(self) -> None:
         self.prepare()
 
+    @property
+    def _plan(self) -> Plan:
+        widths = Widths(self.max_length, self.target_length or 0)
+        return Plan(self.sources, self.tasks, widths, self.val_every, self.seed, self.cache_dir)
+
     @cached_property
     def _prepared(self) -> Prepared:
-        widths = Widths(self.max_length, self.target_length or 0)
-        return Plan(self.sources, self.tasks, widths, self.val_every, self.seed, self.cache_dir).prepared(self.recipe)
+        return self._plan.prepared(self.recipe)
 
     @property
     def n_rows(self) -> dict[str, int]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from llm.data.examples import ExampleRows, ExampleTexts, prepare_examples
 from llm.data.prepare import Held, Recipe, Rows, prepare_rows, prepare_tokenizer, prepare_tokens
+from llm.data.share import Share, are_there, prepare_share
 from llm.data.source import DataError, Source
 from llm.data.supervised import Supervised
 from llm.data.task import Task, Widths
+from llm.data.tokens import Text
 from llm.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -48,15 +50,46 @@ class Plan:
 
     def prepared(self, recipe: Recipe) -> Prepared:
         """Make it, or find it. Raises DataError."""
-        tokenizer = prepare_tokenizer(recipe, self._texts, self.val_every, self.cache_dir)
-        for name, task in self.tasks.items():
-            task.check(name, tokenizer)
-            task.check_row(name, self.widths, tokenizer)
-        prepared = Prepared(tokenizer, {}, {})
+        prepared = Prepared(self._tokenizer(recipe), {}, {})
         for name, source in self.sources.items():
             self._prepare_text(name, source, prepared)
             self._prepare_examples(name, source, prepared)
         return prepared
+
+    def share(self, recipe: Recipe, number: int, of: int) -> bool:
+        """Make one share of each token file, or find it; returns whether all shares of all of them are there now.
+        Raises DataError, and ValueError for a share that there cannot be."""
+        share = Share(number, of)
+        texts = list(self._running_texts(self._tokenizer(recipe)))
+        for text in texts:
+            prepare_share(text, share, self.cache_dir)
+        # Only now, with all of its own made: so the last of several tasks sees those of the others, whoever that is.
+        return all(are_there(text, of, self.cache_dir) for text in texts)
+
+    def _tokenizer(self, recipe: Recipe) -> Tokenizer:
+        """Make it, or find it, and check that it does for the tasks."""
+        tokenizer = prepare_tokenizer(recipe, self._texts, self.val_every, self.cache_dir)
+        for name, task in self.tasks.items():
+            task.check(name, tokenizer)
+            task.check_row(name, self.widths, tokenizer)
+        return tokenizer
+
+    def _running_texts(self, tokenizer: Tokenizer) -> Iterator[Text]:
+        """What `_prepare_text` has made into token files."""
+        for name, source in self.sources.items() if self._text_tasks else ():
+            for one in (source, source.validation()):
+                if one is not None:
+                    yield Text(name, one, tokenizer, self._words)
+
+    @property
+    def _text_tasks(self) -> dict[str, Task]:
+        """Tasks that make something of running text."""
+        return {name: task for name, task in self.tasks.items() if not isinstance(task, Supervised)}
+
+    @property
+    def _words(self) -> bool:
+        """Whether token files say where words begin."""
+        return any(task.needs_words for task in self._text_tasks.values())
 
     @property
     def _texts(self) -> Mapping[str, Source]:
@@ -70,18 +103,17 @@ class Plan:
 
     def _prepare_text(self, name: str, source: Source, prepared: Prepared) -> None:
         """The rows of tasks that make something of running text."""
-        tasks = {key: task for key, task in self.tasks.items() if not isinstance(task, Supervised)}
-        if not tasks:
+        if not self._text_tasks:
             return
-        words = any(task.needs_words for task in tasks.values())
-        tokens = prepare_tokens(name, source, prepared.tokenizer, self.cache_dir, words)
+        how = (prepared.tokenizer, self.cache_dir, self._words)
+        tokens = prepare_tokens(name, source, *how)
         own, every = source.validation(), self._every(source)
-        held = None if own is None else (prepare_tokens(name, own, prepared.tokenizer, self.cache_dir, words), Held())
+        held = None if own is None else (prepare_tokens(name, own, *how), Held())
         if every is not None:
             if tokens.meta["documents"] < every:
                 raise DataError(_too_few(name, tokens.meta["documents"], every))
             held = tokens, Held(every, out=True)
-        for task_name, task in tasks.items():
+        for task_name, task in self._text_tasks.items():
             part, layout = Part(name, task_name), (task, self.widths)
             train = prepare_rows(name, tokens, Held(every), layout, self.cache_dir, self.seed)
             if not len(train):

@@ -8,34 +8,29 @@ the first input of the next.
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from io import BufferedWriter
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from llm.data.cache import Cache, cached
-from llm.data.encode import encoded, joined
+from llm.data.cache import FORMAT, Cache, cached
 from llm.data.pack import BLOCK, pack, placed
 from llm.data.pair import draw_pairs
+from llm.data.share import merged, remove_shares
 from llm.data.source import DataError, Source, digest
 from llm.data.task import Masking, Task, Widths
+from llm.data.tokens import Text, binaries, tokenised
 from llm.tokenizer import Tokenizer
 
-# Raised whenever the files or the way to them change: older caches are then made anew.
-FORMAT = 4
 # What the tokenizer is trained on, in characters: BPE merges of a few thousand entries are settled long before.
 _SAMPLE = 10_000_000
 # How far into each source the sample reaches.
 _SAMPLE_REACH = 1 << 30
-_log = logging.getLogger(__name__)
 
 
 class Recipe(Protocol):
@@ -190,53 +185,11 @@ def _thinned(texts: Iterator[str], n_characters: int, name: str) -> list[str]:
 
 
 def prepare_tokens(name: str, source: Source, tokenizer: Tokenizer, root: Path, words: bool = False) -> Cache:
-    """Every document of `source` as tokens: tokens.bin, and documents.bin (int64, where each begins, and the end); with
-    `words` also words.bin (bool, where a word begins)."""
-    key = digest(FORMAT, source.fingerprint(), tokenizer.fingerprint, tokenizer.start_id, words)
-    dtype = np.dtype("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32")
-
-    def build(folder: Path) -> dict[str, Any]:
-        started = reported = time.monotonic()
-        tokens_digest, bounds_digest = hashlib.sha256(), hashlib.sha256()
-        n_tokens = n_documents = n_bytes = n_empty = 0
-        with (
-            (folder / "tokens.bin").open("wb") as tokens,
-            (folder / "documents.bin").open("wb") as documents,
-            (folder / "words.bin").open("wb") as begins,
-        ):
-            for chunk, ids, starts in encoded(source.documents(), tokenizer, words):
-                flat, sizes = joined(chunk, ids, tokenizer.start_id, tokenizer.eot_id, dtype)
-                if words:
-                    begins.write(joined(chunk, starts, 1, 1, np.dtype("bool"))[0].data)
-                bounds = (n_tokens + np.cumsum(sizes) - sizes)[chunk.opens]
-                tokens.write(flat.data)
-                documents.write(bounds.data)
-                tokens_digest.update(flat.data)
-                bounds_digest.update(bounds.data)
-                n_tokens, n_documents = n_tokens + len(flat), n_documents + len(bounds)
-                n_empty += chunk.n_empty
-                n_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in chunk.parts)
-                if time.monotonic() - reported > 10:
-                    reported = time.monotonic()
-                    speed = n_bytes / 1e6 / (reported - started)
-                    _log.info("%s: %d documents, %.2f GB tokenised, %.1f MB/s", name, n_documents, n_bytes / 1e9, speed)
-            documents.write(np.int64(n_tokens).data)
-        if n_documents == 0:
-            found = f"only {n_empty} empty ones" if n_empty else "none"
-            raise DataError(f"data source {name!r} has no documents ({found}); check its files and its column")
-        return {
-            "source": name,
-            "dtype": dtype.name,
-            "documents": n_documents,
-            "empty": n_empty,
-            "tokens": n_tokens - 2 * n_documents,
-            "bytes": n_bytes,
-            "words": words,
-            "content": digest(tokens_digest.hexdigest(), bounds_digest.hexdigest()),
-            "seconds": round(time.monotonic() - started, 2),
-        }
-
-    return cached(root, "tokens", key, build)
+    """Every document of `source` as tokens, in the files of `TokenWriter`: of shares that are there, or tokenised."""
+    text = Text(name, source, tokenizer, words)
+    tokens = cached(root, "tokens", text.key, lambda folder: merged(folder, text, root) or tokenised(folder, text))
+    remove_shares(text, root)
+    return tokens
 
 
 def prepare_rows(name: str, tokens: Cache, held: Held, layout: tuple[Task, Widths], root: Path, seed: int = 0) -> Rows:
@@ -283,7 +236,7 @@ def _piece_rows(folder: Path, blocks: Blocks, layout: tuple[Task, Widths]) -> di
     """Write documents, cut where they are too long; returns what they came to."""
     task, widths = layout
     n_rows = n_pieces = n_cut = n_used = n_target = 0
-    with _files(folder, "starts", "lengths", "ends") as (starts_file, lengths_file, ends_file):
+    with binaries(folder, "starts", "lengths", "ends") as (starts_file, lengths_file, ends_file):
         longest = task.longest(widths)
         rows = (pack(*block, widths.row, longest, lambda n: task.cost(n, widths)) for block in blocks)
         for block in chain.from_iterable(rows):
@@ -312,7 +265,7 @@ def _pair_rows(folder: Path, documents: Blocks, layout: tuple[Task, Widths], see
     n_rows = n_pairs = n_used = 0
     blocks = [slice(first, first + BLOCK) for first in range(0, len(starts), BLOCK)]
     blocks = blocks if len(blocks) == 1 or len(starts) % BLOCK != 1 else [*blocks[:-2], slice(blocks[-2].start, None)]
-    with _files(folder, *names) as files:
+    with binaries(folder, *names) as files:
         for number, block in enumerate(block for _ in range(task.n_copies) for block in blocks):
             drawn = draw_pairs(starts[block], lengths[block], widths.row - 3, (seed, number))
             costs = drawn.n_first + drawn.n_second + 3
@@ -331,13 +284,6 @@ def _totals(n_rows: int, n_cut: int, n_used: int, n_target: int, widths: Widths)
     if n_target:
         fill["target_fill"] = n_target / (n_rows * widths.target)
     return {"inputs": n_used + n_target, "rows": n_rows, "cut": n_cut, "pairs": 0, **fill}
-
-
-@contextmanager
-def _files(folder: Path, *names: str) -> Iterator[list[BufferedWriter]]:
-    """FOLDER/NAME.bin for each name, to write to."""
-    with ExitStack() as stack:
-        yield [stack.enter_context((folder / f"{name}.bin").open("wb")) for name in names]
 
 
 def _map(cache: Cache, name: str, dtype: str) -> np.ndarray:

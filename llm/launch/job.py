@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,10 @@ def ranks_to_start(cfg: DictConfig, here: Place) -> int:
     if here.world_size > 1 and _is_sweep():
         rule = f"one of the {here.world_size} processes of {here.launcher} cannot be many runs, one after the other"
         raise ConfigError([line("-m", "", rule, "python train.py -m … starts processes for each; or start each run")])
-    if here.launcher != "none" or str(cfg.strategy._target_).endswith(".Single"):
+    if here.launcher != "none":
+        return 0
+    _without_srun(cfg)
+    if str(cfg.strategy._target_).endswith(".Single"):
         return 0
     n_devices = _n_devices(cfg)
     return 0 if (n_devices, cfg.trainer.get("num_nodes", 1)) == (1, 1) else n_devices
@@ -54,6 +58,21 @@ def job_arguments(argv: Sequence[str]) -> list[str]:
         f"hydra.job.num={job.job.num}",  # which a run_dir of the user's may name
         *job.overrides.task,
     ]
+
+
+def _without_srun(cfg: DictConfig) -> None:
+    """In a job of several nodes a process that srun did not start is alone on one of them.
+
+    Raises:
+        ConfigError: unless it says which node it is.
+    """
+    n_nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    if n_nodes not in ("", "1") and cfg.stage == "fit" and not os.environ.get("NODE_RANK"):
+        rule = (
+            f"train.py was started on one of the {n_nodes} nodes of job {os.environ.get('SLURM_JOB_ID')}, not by srun"
+        )
+        remedy = "srun python train.py …, or sbatch slurm/train.sbatch …; for one node only unset SLURM_JOB_NUM_NODES"
+        raise ConfigError([line("srun", "", rule, remedy)])
 
 
 def _is_sweep() -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from llm.launch import Place
+from llm.strategy.interface import choose_interface
 from llm.strategy.rendezvous import current
 
 _joined = False  # by us: a group that was there before stays when we leave
@@ -29,6 +30,7 @@ def join_process_group(here: Place, device: torch.device, timeout_s: float) -> N
     store = current().store
     if store is not None:
         store.set_timeout(datetime.timedelta(seconds=timeout_s))  # by which backends wait for each other at first
+    choose_interface(current())
     cuda = device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",

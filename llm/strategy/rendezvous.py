@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -98,6 +99,15 @@ class Rendezvous:
                 self._pause()
             self.store.set(f"{name}/all", "")
         self._await([f"{name}/all"])
+
+    def hosts(self) -> list[str]:
+        """The name of each rank's host."""
+        if self.store is None:
+            return [socket.gethostname()]
+        keys = [f"host/{rank}" for rank in range(self.here.world_size)]
+        self.store.set(keys[self.here.rank], socket.gethostname())
+        self._await(keys)
+        return [name.decode() for name in self.store.multi_get(keys)]
 
     def first_to_fail(self, code: int) -> bool:
         """Tell the others that this rank fails, and with which exit code; whether it is the first to, whose message is

@@ -156,7 +156,7 @@ def test_what_is_being_made_is_not_removed(tmp_path: Path, caplog: pytest.LogCap
     assert child.stdout is not None
     assert child.stdout.readline() == "building\n"
     assert remove_caches(tmp_path) == 0
-    assert "another process is making this; it stays" in caplog.text
+    assert "another process is at work on this; it stays" in caplog.text
     child.communicate(timeout=60)
     assert child.returncode == 0
 

@@ -1,0 +1,339 @@
+"""A run, checked and frozen beside its results, handed to sbatch.
+
+The job does not run the files that were submitted but a copy of them, RUN/jobs/KIND/code, so that a run that waits, or
+is queued again, is not changed by what is edited meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from llm.cluster import jobs, partition
+from llm.cluster.slurm import Slurm
+from llm.cluster.sweep import combinations
+from llm.code import ROOT, commit, copy_code, difference
+from llm.command import compose
+from llm.config import ConfigError, made_run_id
+from llm.config.mistake import line
+from llm.exit import EXISTS
+
+Kind = Literal["train", "sweep", "prepare", "evaluate", "export"]
+KINDS: tuple[Kind, ...] = ("train", "sweep", "prepare", "evaluate", "export")
+SCRIPT = "script.sbatch"
+# What names a run is a folder, a job and a W&B run: no name needs more, and none of these means anything to a shell.
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*(/[\w.+-]+)*")
+_CLUSTER = re.compile(r"\+*cluster[.=@]")
+
+
+class SubmittedError(ValueError):
+    """The run has a job that waits or is at work."""
+
+    exit_code = EXISTS
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be submitted.
+
+    arguments  of the template
+    n_tasks    of an array; None: no array
+    after      ids of jobs that have to have ended well before it starts
+    config     of the run, composed; None where the run is there already
+    """
+
+    kind: Kind
+    name: str
+    run_dir: Path
+    arguments: list[str]
+    cluster: Slurm
+    n_tasks: int | None = None
+    after: tuple[str, ...] = ()
+    config: DictConfig | None = None
+
+    @property
+    def folder(self) -> Path:
+        return self.run_dir / jobs.FOLDER / self.kind
+
+    @property
+    def n_ranks(self) -> int:
+        return self.cluster.nodes * self.cluster.ranks_per_node
+
+
+def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None, after: Sequence[str] = ()) -> Job:
+    """Compose and check what is to be submitted.
+
+    Args:
+        kind: which template of slurm/.
+        arguments: overrides; of evaluate and export a run and options, with overrides of `cluster` among them.
+        n_shares: array tasks that prepare.
+        after: names of runs whose newest jobs come first.
+
+    Raises:
+        ConfigError: with everything that can be told to be wrong before the job starts.
+    """
+    jobs_before = tuple(_job_of(name) for name in after)
+    if kind in ("evaluate", "export"):
+        return _of_run(kind, arguments, jobs_before)
+    for variable in ("LLM_RUN_ID", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):  # of the job that this is called in, if it is
+        os.environ.pop(variable, None)
+    os.environ["LLM_RUN_ID"] = made_run_id()
+    swept = combinations(arguments) if kind == "sweep" else [list(arguments)]
+    mistakes = _following(arguments)
+    first = _composed(arguments if kind == "sweep" else swept[0], sweep=kind == "sweep")
+    cluster = cluster_of(first)
+    allocated = [f"trainer.num_nodes={cluster.nodes}", f"trainer.devices={cluster.ranks_per_node}"]
+    cfg = compose([*allocated, *swept[0]])
+    name = _named(cfg, kind)
+    if mistakes := [*mistakes, *([] if kind == "prepare" else _disagreements(cfg, cluster)), *name.mistakes]:
+        raise ConfigError(mistakes)
+    n_tasks = len(swept) if kind == "sweep" else n_shares
+    frozen = [] if kind in ("prepare", "sweep") else name.overrides
+    run_dir = Path(cfg.run_dir) if kind == "train" else Path("runs") / name.name
+    return Job(kind, name.name, run_dir, [*arguments, *frozen], _sized(cluster, kind), n_tasks, jobs_before, cfg)
+
+
+def cluster_of(cfg: DictConfig) -> Slurm:
+    """What a configuration asks SLURM for.
+
+    Raises:
+        ConfigError: if it does not say.
+    """
+    if cfg.cluster is None:
+        names = sorted(path.stem for path in (ROOT / "conf" / "cluster").glob("[!_]*.yaml"))
+        raise ConfigError([line("cluster", "null", "says what to ask SLURM for", f"cluster={' or '.join(names)}")])
+    from hydra.utils import instantiate
+
+    found: Slurm = instantiate(cfg.cluster, _convert_="all")
+    return found
+
+
+def script(job: Job, template: str) -> str:
+    """The template, with what this job asks SLURM for, its arguments, and where its code lies."""
+    cluster = job.cluster
+    log = job.folder.absolute() / ("log.txt" if job.n_tasks is None else "log-%a.txt")
+    ours: dict[str, str | None] = cluster.directives(job.name.replace("/", "-"), str(log), str(Path.cwd()))
+    if job.n_tasks is not None:
+        ours["array"] = f"0-{job.n_tasks - 1}"
+    if job.after:
+        ours["dependency"] = f"afterok:{':'.join(job.after)}"
+    if job.kind not in ("train", "sweep"):
+        ours.pop("signal", None)
+    theirs = dict(_directive(text) for text in template.splitlines() if text.startswith("#SBATCH "))
+    theirs.pop("cpus-per-gpu", None)  # cpus-per-task says it
+    theirs.pop("ntasks", None)  # nodes and ntasks-per-node say it
+    options = theirs | ours
+    body = [text for text in template.splitlines() if not text.startswith("#SBATCH ")]
+    variables = {"LLM_CODE": str((job.folder / "code").absolute()), "LLM_MAX_REQUEUES": str(cluster.max_requeues)}
+    if cluster.container is not None:
+        variables["LLM_CONTAINER"] = cluster.container
+    if job.kind == "sweep":
+        variables["LLM_SWEEP_ID"] = job.name
+    return "\n".join(
+        [
+            body[0],
+            *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()),
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            f'set -- {" ".join(map(shlex.quote, job.arguments))} "$@"',
+            *body[1:],
+            "",
+        ]
+    )
+
+
+def written(job: Job) -> str:
+    """The script of `job`, from its template."""
+    return script(job, (ROOT / "slurm" / f"{job.kind}.sbatch").read_text())
+
+
+def submit(job: Job) -> jobs.Submission:
+    """Freeze what the job runs, and hand it to sbatch.
+
+    Raises:
+        ConfigError: where there is no sbatch, or with what it says if it refuses.
+        SubmittedError: if the run has a job that has not ended.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError([line("sbatch", "", "is not here", "submit on a login node; --dry-run shows the script")])
+    _set_aside(job)
+    try:
+        job.folder.mkdir(parents=True)
+    except FileExistsError:
+        raise SubmittedError(
+            f"{job.folder}: is being submitted by another process - wait for it, or remove it"
+        ) from None
+    try:
+        _freeze(job)
+        id_ = _sbatch(job.folder / SCRIPT)
+    except BaseException:
+        shutil.rmtree(job.folder)
+        raise
+    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    made = jobs.Submission(id_, job.kind, job.name, str(job.run_dir), now, commit(), job.arguments, job.n_tasks)
+    made.write(job.folder)
+    return made
+
+
+def _freeze(job: Job) -> None:
+    copy_code(job.folder / "code")
+    if patch := difference():
+        (job.folder / "diff.patch").write_text(patch)
+    if job.config is not None:
+        (job.folder / "config.yaml").write_text(OmegaConf.to_yaml(job.config, resolve=True))
+    (job.folder / SCRIPT).write_text(written(job))
+
+
+def _sbatch(path: Path) -> str:
+    """The id of the job."""
+    # This shell's own job, if it is one, is none of the new one's.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "LLM_RUN_ID"))}
+    command = ["sbatch", "--parsable", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode != 0:
+        raise ConfigError(["sbatch refused:", *done.stderr.strip().splitlines()])
+    return done.stdout.strip().partition(";")[0]
+
+
+def _set_aside(job: Job) -> None:
+    """Make room for another submission of a run whose last job has ended."""
+    for folder, before in jobs.submissions(job.run_dir):
+        if folder != job.folder:
+            continue
+        if live := [state for state in jobs.states(before.job) if state.live]:
+            raise SubmittedError(
+                f"{job.run_dir}: job {before.job} of it is {live[0].name} - python -m llm cancel {job.name} first, or "
+                "give another run_name"
+            )
+        folder.rename(folder.with_name(f"{folder.name}.{before.job}-{before.submitted.replace(':', '')}"))
+
+
+def _composed(arguments: Sequence[str], sweep: bool) -> DictConfig:
+    """Every mistake of the command line, of all combinations of a sweep; what takes Lightning is judged afterwards."""
+    return compose(["-m", *arguments] if sweep else arguments, elsewhere=lambda cfg: True)
+
+
+def _following(arguments: Sequence[str]) -> list[str]:
+    """Keys that follow from the cluster's, and must not be said twice."""
+    rules = {"trainer.num_nodes": "cluster.nodes", "trainer.devices": "cluster.gpus_per_node or cluster.tasks_per_node"}
+    return [
+        line(key, text.partition("=")[2], f"follows from {right}", f"leave it out, and set {right}")
+        for text in arguments
+        for key, right in rules.items()
+        if text.lstrip("+").partition("=")[0] == key
+    ]
+
+
+@dataclass(frozen=True)
+class _Name:
+    name: str
+    overrides: list[str]
+    mistakes: list[str]
+
+
+def _named(cfg: DictConfig, kind: Kind) -> _Name:
+    """What the run is called: by its user, or a name that is made now and told the job."""
+    made = os.environ["LLM_RUN_ID"]
+    name = made if kind == "sweep" else f"prepare-{made}" if kind == "prepare" else str(cfg.run_name)
+    mistakes = []
+    if not _NAME.fullmatch(name):
+        rule = "names a folder and a job"
+        mistakes.append(line("run_name", repr(name), rule, "letters, digits and . _ - + only, and / between them"))
+    if any(character in str(cfg.run_dir) for character in "\n\"'\\%"):
+        mistakes.append(
+            line("run_dir", repr(str(cfg.run_dir)), "its log is a file name in a script of SLURM's", "plainer")
+        )
+    return _Name(name, [f"run_name={name}"] if name == made else [], mistakes)
+
+
+def _disagreements(cfg: DictConfig, cluster: Slurm) -> list[str]:
+    """What cannot be true of the run, and what the partition has not."""
+    there = partition.nodes()
+    mistakes = [] if there is None else partition.problems(cluster, there)
+    from llm.agree import agree
+    from llm.build import built
+    from llm.machine import precision
+    from llm.run import settled
+
+    cfg = cfg.copy()
+    where = "cpu" if cluster.gpus_per_node is None else "cuda"
+    if cfg.trainer.accelerator == "auto":
+        cfg.trainer.accelerator = where
+    elif (cfg.trainer.accelerator == "cpu") != (where == "cpu"):
+        has = "no GPUs" if where == "cpu" else f"{cluster.gpus_per_node} GPUs on each node"
+        mistakes.append(
+            line("trainer.accelerator", cfg.trainer.accelerator, f"the job has {has}", "auto takes what there is")
+        )
+    cfg.trainer.precision = precision(cfg.trainer.precision, where)
+    try:
+        data, objective = settled(cfg)
+        agree(cfg, built(cfg.model), data, built(cfg.strategy), None, objective)
+    except ConfigError as error:
+        mistakes += error.mistakes
+    return mistakes
+
+
+def _sized(cluster: Slurm, kind: Kind) -> Slurm:
+    """A run has the nodes that it asks for; everything else is one process, which takes a rank's GPU or all cores."""
+    if kind in ("train", "sweep"):
+        return cluster
+    if kind == "evaluate" and cluster.gpus_per_node is not None:
+        return replace(cluster, nodes=1, gpus_per_node=1)
+    cores = cluster.cpus_per_task * (cluster.ranks_per_node if kind == "prepare" else 1)
+    return replace(cluster, nodes=1, gpus_per_node=None, gpu_type=None, tasks_per_node=1, cpus_per_task=cores)
+
+
+def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Job:
+    """Of a run that is there, or will be when the job starts."""
+    asked = [text for text in arguments if _CLUSTER.match(text)]
+    kept = [text for text in arguments if not _CLUSTER.match(text)]
+    if not kept or kept[0].startswith("-"):
+        raise ConfigError([line(kind, "", "of which run?", f"submit --job {kind} RUN …")])
+    run_dir = Path(kept[0])
+    if not run_dir.is_dir() and not after:
+        raise ConfigError(
+            [line(kind, kept[0], "no such directory", "--after RUN waits for one that has been submitted")]
+        )
+    if not run_dir.is_dir():
+        run_dir = jobs.find(kept[0])
+    cluster = _sized(cluster_of(compose(asked, elsewhere=lambda cfg: True)), kind)
+    there = partition.nodes()
+    if mistakes := [] if there is None else partition.problems(cluster, there):
+        raise ConfigError(mistakes)
+    return Job(kind, f"{kind}-{run_dir.name}", run_dir, kept, cluster, None, after)
+
+
+def _job_of(name: str) -> str:
+    """The newest job of a run."""
+    return jobs.submissions(jobs.find(name))[-1][1].job
+
+
+def _directive(text: str) -> tuple[str, str | None]:
+    name, _, value = text.removeprefix("#SBATCH --").strip().partition("=")
+    return name, value or None
+
+
+def said(job: Job, id_: str | None) -> dict[str, Any]:
+    """What the user is told of it, by title."""
+    cluster = job.cluster
+    ranks = f"{cluster.nodes} x {cluster.ranks_per_node} ranks" if job.kind in ("train", "sweep") else "1 process"
+    array = "" if job.n_tasks is None else f", {job.n_tasks} array tasks"
+    log = job.folder / ("log.txt" if job.n_tasks is None else "log-TASK.txt")
+    dirty = (job.folder / "diff.patch").exists()
+    restarts = f"saved {cluster.warning_s} s before the limit and queued again, at most {cluster.max_requeues} times"
+    return {
+        "job": f"{id_ or '(not submitted)'}: {ranks}{array}, partition {cluster.partition or '(default)'}",
+        "run": str(job.run_dir),
+        "log": str(log),
+        "code": f"{commit() or 'no commit'}{', and diff.patch' if dirty else ''}",
+        "time": f"{cluster.time}{f'; {restarts}' if job.kind in ('train', 'sweep') and cluster.warning_s else ''}",
+    } | ({"after": ", ".join(job.after)} if job.after else {})

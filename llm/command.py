@@ -1,0 +1,37 @@
+"""What the commands of `python -m llm` share: their parser, and the configuration that train.py would run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with the exit code that a wrong command line has here."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(64, f"{self.prog}: {message}\n")
+
+
+def compose(overrides: Sequence[str], elsewhere: Callable[[DictConfig], bool] = lambda cfg: False) -> DictConfig:
+    """The configuration that train.py would run with these overrides, checked.
+
+    Raises:
+        ConfigError: with every mistake. What takes Lightning to judge is left out where `elsewhere` is true.
+    """
+    from llm.config import ConfigError, check_overrides, register
+
+    register()
+    cfg = check_overrides(overrides, CONF, elsewhere=elsewhere)
+    if cfg is None:
+        raise ConfigError([f"{' '.join(overrides)}: is for train.py - give key=value overrides only"])
+    return cfg
