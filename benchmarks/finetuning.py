@@ -126,6 +126,21 @@ RECIPES = {
             ]
         },
     ),
+    "scitldr": Recipe(
+        [
+            *("experiment=lora_smollm2", *LORA, "data.path={runs}/scitldr.train.jsonl", "data.max_length=512"),
+            'data.tasks.prompt.prompt="{{document}}\nTL;DR:"',
+            "data.tasks.prompt.answer=' {{summary}}'",
+            *("data.micro_batch_size=1", "trainer.max_steps=25", "trainer.val_check_interval=25"),
+        ],
+        "val/loss",
+        {
+            "test": [
+                *("data.path={runs}/scitldr.test.jsonl", "--metric=rouge", "--max-new-tokens=40", "--limit=100"),
+                "--batch-size=4",
+            ]
+        },
+    ),
     "gsm8k": Recipe(
         [
             *("experiment=lora_smollm2", *LORA, "data.path={data}/ins_gsm8k/train.jsonl.gz"),
@@ -146,8 +161,8 @@ RECIPES = {
 
 
 def material(data: Path, runs: Path) -> None:
-    """Files that the sets have in another form: the first four articles of WikiText-2's test part, and answers of Code
-    Alpaca, each beside the answer to another instruction."""
+    """Files that the sets have in another form: the first four articles of WikiText-2's test part, answers of Code
+    Alpaca, each beside the answer to another instruction, and the first of SciTLDR's summaries of each paper."""
     with gzip.open(data / "lm_wikitext2_validtest" / "wiki.test.raw.gz", "rt", encoding="utf-8") as file:
         articles = [text for text in re.split(r"\n(?= = [^=])", file.read()) if len(text) > 500][:4]
     _write(runs / "wikitext.jsonl", [{"text": text} for text in articles])
@@ -165,6 +180,11 @@ def material(data: Path, runs: Path) -> None:
     ]
     random.Random(0).shuffle(pairs)
     _write(runs / "pairs.jsonl", pairs)
+    for split in ("train", "test"):
+        with gzip.open(data / "sum_scitldr" / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            papers = [json.loads(line) for line in file]
+        firsts = [{"document": paper["document"], "summary": paper["summaries"][0]} for paper in papers]
+        _write(runs / f"scitldr.{split}.jsonl", firsts)
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
