@@ -42,7 +42,16 @@ def test_no_callback_changes_the_curve(
 def test_a_run_leaves_what_the_readme_says(compose_run: Compose, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     outcome = run(compose_run("logger=default"))
-    for name in ["config.yaml", "metrics.jsonl", "metrics.csv", "samples.txt", "summary.json", "loss.png", "exit.json"]:
+    for name in [
+        "config.yaml",
+        "metrics.jsonl",
+        "metrics.csv",
+        "samples.txt",
+        "summary.json",
+        "loss.png",
+        "exit.json",
+        "attempts.jsonl",
+    ]:
         assert (run_dir / name).stat().st_size > 0, name
     assert list((run_dir / "tensorboard").glob("events.out.tfevents.*"))
     assert list((run_dir / "wandb").glob("offline-run-*/run-*.wandb"))
@@ -51,7 +60,7 @@ def test_a_run_leaves_what_the_readme_says(compose_run: Compose, tmp_path: Path)
 
     summary = json.loads((run_dir / "summary.json").read_text())
     keys = "steps tokens wall_s tokens_per_s parameters train/loss val/loss val/bits_per_byte baselines commit versions"
-    assert set(summary) == set(keys.split())
+    assert set(summary) == {*keys.split(), "restarts", "interruptions"}
     assert (summary["steps"], outcome.step) == (6, 6)
     assert summary["val/loss"] == outcome.metrics["val/loss"]
     assert 0 < summary["baselines"]["unigram/bits_per_byte"] < 8

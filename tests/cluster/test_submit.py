@@ -1,0 +1,336 @@
+"""What `submit` makes of a command line, without a SLURM: scripts, refusals, and what is kept for whom."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm.cluster import Slurm, partition
+from llm.cluster import submit as submitting
+from llm.cluster.commands import combination, status, submit, where
+from llm.cluster.jobs import Submission, submissions
+from llm.cluster.partition import Nodes
+from llm.cluster.sweep import combinations
+from llm.command import compose
+from llm.config import ConfigError
+from llm.run import run
+from tests.cluster.box import TINY, cpu
+from tests.test_conf import CONF, EXPERIMENTS, FINE_TUNING, needs
+
+CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of a user's, whose sbatch keeps what it is given."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.jsonl").write_text('{"text": "some words"}\n' * 50)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, body in {
+        "sbatch": 'cp "${@: -1}" submitted; env > environment; echo 42',
+        "scontrol": "echo JobId=42 JobState=$(cat state) Reason=Priority 'NodeList=(null)' Restarts=3",
+        "sinfo": "exit 1",
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{body}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    (tmp_path / "state").write_text("RUNNING")
+    return tmp_path
+
+
+def directives(script: str) -> dict[str, str]:
+    rows = [text.removeprefix("#SBATCH --") for text in script.splitlines() if text.startswith("#SBATCH ")]
+    return {row.partition("=")[0]: row.partition("=")[2] for row in rows}
+
+
+def arguments(script: str) -> list[str]:
+    """What the shell makes of the script's own `set --`."""
+    (row,) = [text for text in script.splitlines() if text.startswith("set -- ")]
+    program = row + '\nprintf "%s\\0" "$@"'
+    return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run for init_from, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("weights")
+    (folder / "text.jsonl").write_text('{"text": "some words"}\n' * 50)
+    places = [f"run_dir={folder / 'run'}", f"data.path={folder / 'text.jsonl'}", f"data.cache_dir={folder / 'cache'}"]
+    run(
+        compose(
+            [
+                "tokenizer=bytes",
+                "trainer.max_steps=1",
+                "schedule.warmup_steps=0",
+                "data.max_length=64",
+                "data=files",
+                "logger=none",
+                "data.val_every=5",
+                *places,
+            ]
+        )
+    )
+    return folder / "run"
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_on_every_cluster(experiment: str, cluster: str, site: Path, weights: Path) -> None:
+    """A dry run of each: the script asks for what the cluster says, and hands the run what the user said."""
+    given = [f"experiment={experiment}", f"cluster={cluster}"]
+    given += needs(experiment, site / "text.jsonl", weights / "tokenizer")
+    if experiment in FINE_TUNING:
+        given += [text.replace("BASE", str(weights)) for text in FINE_TUNING[experiment][1]]
+        given += [] if experiment == "translate_multi30k" else [f"tokenizer.path={weights / 'tokenizer'}"]
+        given += ["data.max_length=64"]
+    given += ["cluster.nodes=2", "strategy=ddp", "data.micro_batch_size=null"]
+    given += ["cluster.gpus_per_node=2"] if cluster == "gpu" else ["cluster.tasks_per_node=2"]
+    job = submitting.planned("train", given)
+    script = submitting.written(job)
+    asked = directives(script)
+    assert (asked["nodes"], asked["ntasks-per-node"]) == ("2", "2")
+    assert asked.get("gpus-per-node") == ("2" if cluster == "gpu" else None)
+    assert (asked["requeue"], asked["open-mode"], asked["signal"]) == ("", "append", "USR1@300")
+    assert "cpus-per-gpu" not in asked
+    assert arguments(script) == [*given, f"run_name={job.name}"]
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert not (site / "runs").exists(), "a dry run writes nothing"
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0\r", codec="utf-8")), min_size=1, max_size=4))
+def test_arguments_reach_the_job_as_they_were(words: list[str]) -> None:
+    template = "#!/usr/bin/env bash\n#SBATCH --cpus-per-gpu=8\n#SBATCH --mail-type=END\nprintf '%s\\0' \"$@\"\n"
+    job = submitting.Job("train", "name", Path("runs/name"), words, Slurm(tasks_per_node=1))
+    script = submitting.script(job, template)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    assert done.stdout.decode().split("\0")[:-1] == words
+    assert directives(script)["mail-type"] == "END", "what a site adds to a template stays"
+
+
+def test_submitted(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder that the job runs from, what is said of it, and that a live run is not submitted twice."""
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret-of-mine")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # submitted from within another job
+    command = [*cpu(2, 2), *TINY, "strategy=ddp", "run_name=mine", "optimizer.lr=1e-2"]
+    submit(command)
+    told = capsys.readouterr().out
+    for text in ("42: 2 x 2 ranks", "runs/mine", "jobs/train/log.txt", "logs mine --follow"):
+        assert text in told
+    folder = site / "runs/mine/jobs/train"
+    ((_, made),) = submissions(site / "runs/mine")
+    assert (made.job, made.kind, made.name, made.run_dir) == ("42", "train", "mine", "runs/mine")
+    assert (folder / "code/llm/run.py").read_bytes() == (CONF.parent / "llm/run.py").read_bytes()
+    assert (folder / "code/slurm/job.sh").exists()
+    frozen = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (frozen["trainer"]["num_nodes"], frozen["trainer"]["devices"]) == (2, 2)
+    assert frozen["optimizer"]["lr"] == 1e-2
+    assert (site / "submitted").read_text() == (folder / "script.sbatch").read_text()
+    environment = (site / "environment").read_text()
+    assert "SLURM_JOB_ID" not in environment
+    assert "LLM_RUN_ID" not in environment
+    kept = [path for path in folder.rglob("*") if path.is_file() and b"a-secret-of-mine" in path.read_bytes()]
+    assert not kept
+    with pytest.raises(submitting.SubmittedError, match="job 42 of it is RUNNING - python -m llm cancel mine"):
+        submit(command)
+    (site / "state").write_text("COMPLETED")
+    submit(command)
+    assert len(submissions(site / "runs/mine")) == 2, "what was submitted before stays"
+    status([])
+    assert "COMPLETED" in capsys.readouterr().out
+
+
+def test_the_copy_knows_its_commit(tmp_path: Path) -> None:
+    from llm.code import commit, copy_code, difference
+
+    def git(*command: str) -> None:
+        who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        subprocess.run(["git", *who, *command], cwd=tmp_path / "a", check=True, capture_output=True)
+
+    (tmp_path / "a/llm").mkdir(parents=True)
+    (tmp_path / "a/llm/x.py").write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert difference(tmp_path / "a") == ""
+    (tmp_path / "a/llm/x.py").write_text("2\n")
+    copy_code(tmp_path / "b", tmp_path / "a")
+    assert commit(tmp_path / "b") == commit(tmp_path / "a")
+    assert str(commit(tmp_path / "b")).endswith("-dirty")
+    assert "+2" in difference(tmp_path / "a")
+    assert (tmp_path / "b/llm/x.py").read_text() == "2\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["cluster.nodes=0"], "cluster.nodes: 0 - must be a whole number at least 1"),
+        (["cluster=gpu", "cluster.gpus_per_node=0"], "cluster.gpus_per_node: 0 - must be"),
+        (["cluster=nowhere"], "cluster: nowhere"),
+        (["cluster.tasks_per_node=null"], "each GPU is one rank's"),
+        (["cluster.time=soon"], "cluster.time: 'soon' - must be DAYS-HH:MM:SS"),
+        (["cluster.time=1", "cluster.warning_s=60"], "cluster.warning_s: 60 - the whole time limit is 60 s"),
+        (["cluster.partition='a; rm -rf x'"], "cluster.partition: 'a; rm -rf x' - sbatch takes a word"),
+        (["+cluster.options.nodes=3"], "cluster.options.nodes: 3 - is set already - cluster.nodes"),
+        (["+cluster.options.constraint='a\"b'"], "cluster.options.constraint: 'a\"b' - sbatch takes a word"),
+        (["run_name='a b'"], "run_name: 'a b' - names a folder and a job"),
+        (["run_name='$(reboot)'"], "run_name: '$(reboot)' - names a folder and a job"),
+        (["run_name='../up'"], "run_name: '../up' - names a folder and a job"),
+        (["trainer.num_nodes=2"], "trainer.num_nodes: 2 - follows from cluster.nodes"),
+        (["trainer.accelerator=gpu"], "trainer.accelerator: gpu - the job has no GPUs"),
+        (["cluster.nodes=2"], "trainer.devices x trainer.num_nodes"),
+        (["cluster.tasks_per_node=3", "strategy=ddp"], "data.batch_size"),
+        (["model.dmi=3"], "did you mean model.dim?"),
+    ],
+)
+def test_refused(overrides: list[str], told: str, site: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        submitting.planned("train", [*cpu(1, 1), *TINY, *overrides])
+    assert told in str(refused.value)
+
+
+def test_refused_together(site: Path) -> None:
+    """What the check finds and what only the groups together show."""
+    with pytest.raises(ConfigError) as refused:
+        submitting.planned("train", [*cpu(1, 3), *TINY, "run_name='a b'", "trainer.num_nodes=1"])
+    assert len(refused.value.mistakes) == 3
+
+
+def test_without_sbatch(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="sbatch: is not here - submit on a login node"):
+        submit([*cpu(1, 1), *TINY, "run_name=mine"])
+    assert not (site / "runs").exists()
+
+
+def test_what_sbatch_says_is_shown_whole(site: Path) -> None:
+    (site / "tools/sbatch").write_text("#!/bin/bash\nprintf 'sbatch: error: one\\nsbatch: error: two\\n' >&2; exit 1\n")
+    with pytest.raises(ConfigError) as refused:
+        submit([*cpu(1, 1), *TINY, "run_name=mine"])
+    assert refused.value.mistakes == ["sbatch refused:", "sbatch: error: one", "sbatch: error: two"]
+    assert not (site / "runs/mine/jobs/train").exists()
+
+
+PARTITIONS = [
+    Nodes("cpu", True, 4, 16, {"": 0}, 60),
+    Nodes("gpu", False, 2, 64, {"": 8, "h100": 8}, None),
+    Nodes("gpu", False, 1, 32, {"": 4, "a100": 4}, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        (Slurm(nodes=4, tasks_per_node=4, cpus_per_task=4, time="1:00:00"), []),
+        (Slurm(nodes=5, tasks_per_node=1, time="30"), ["cluster.nodes: 5 - partition cpu has 4"]),
+        (Slurm(tasks_per_node=4, cpus_per_task=5, time="30"), ["take 20 cores", "at most cluster.cpus_per_task=4"]),
+        (Slurm(tasks_per_node=1, time="1:00:01"), ["cluster.time: 1:00:01 - partition cpu ends jobs after 60 minutes"]),
+        (Slurm(gpus_per_node=1, time="30"), ["a node of partition cpu has no GPUs - another cluster.partition"]),
+        (Slurm(nodes=3, gpus_per_node=8, partition="gpu"), []),
+        (
+            Slurm(gpus_per_node=8, gpu_type="a100", partition="gpu"),
+            ["has 4 a100 GPUs - at most cluster.gpus_per_node=4"],
+        ),
+        (Slurm(gpus_per_node=8, partition="gpus"), ["no such partition - did you mean gpu?"]),
+    ],
+)
+def test_beyond_the_partition(asked: Slurm, told: list[str]) -> None:
+    found = partition.problems(asked, PARTITIONS)
+    assert bool(found) == bool(told)
+    assert all(text in "\n".join(found) for text in told)
+
+
+def test_sinfo_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "cpu*|4|16+|(null)|1:00:00\ngpu|2|64|gpu:h100:8(S:0-1),nvme:1|infinite\ngpu|1|32|gpu:2|2-00:00:00\n"
+    monkeypatch.setattr(partition, "slurm", lambda *command: rows)
+    assert partition.nodes() == [
+        Nodes("cpu", True, 4, 16, {"": 0}, 60),
+        Nodes("gpu", False, 2, 64, {"": 8, "h100": 8}, None),
+        Nodes("gpu", False, 1, 32, {"": 2}, 2880),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("time", "minutes"),
+    [("90", 90), (90, 90), ("90:30", 90.5), ("1:30:00", 90), ("1-0", 1440), ("1-2:30", 1590), ("2-00:00:30", 2880.5)],
+)
+def test_time_limits(time: str | int, minutes: float) -> None:
+    """As sbatch(1) reads them."""
+    assert Slurm(tasks_per_node=1, time=time, warning_s=0).minutes == pytest.approx(minutes)
+
+
+def test_a_sweep_is_hydras(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each array task gets what `python train.py -m` would run as the job of its number."""
+    swept = ["optimizer.lr=1e-3,3e-3", "model.dim=range(32,97,32)", "+data.note='a b,c'"]
+    found = combinations(swept)
+    assert len(found) == 6
+    assert found[4] == ["optimizer.lr=0.003", "model.dim=64", "+data.note='a b,c'"]
+    combination(["4", *swept])
+    assert capsys.readouterr().out.split("\0") == [*found[4], ""]
+    with pytest.raises(ConfigError, match="are 6 runs - --array=0-5"):
+        combination(["6", *swept])
+    with pytest.raises(ConfigError, match="interval"):
+        combinations(["optimizer.lr=interval(0,1)"])
+    job = submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3"])
+    script = submitting.written(job)
+    assert directives(script)["array"] == "0-1"
+    assert f"LLM_SWEEP_ID={shlex.quote(job.name)}" in script
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 'fast'"):
+        submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,fast"])
+
+
+def test_a_job_for_everything_else(site: Path) -> None:
+    """One process, with a GPU only where there is something to compute."""
+    (site / "runs/there").mkdir(parents=True)
+    prepare = submitting.planned("prepare", ["cluster=gpu", *TINY], n_shares=4)
+    asked = directives(submitting.written(prepare))
+    assert (asked["array"], asked["ntasks-per-node"], asked["cpus-per-task"]) == ("0-3", "1", "64")
+    assert "gpus-per-node" not in asked
+    evaluate = submitting.planned("evaluate", ["cluster=gpu", "cluster.nodes=4", "runs/there", "--limit", "4"])
+    asked = directives(submitting.written(evaluate))
+    assert (asked["nodes"], asked["gpus-per-node"]) == ("1", "1")
+    assert arguments(submitting.written(evaluate)) == ["runs/there", "--limit", "4"]
+    with pytest.raises(ConfigError, match="evaluate: of which run"):
+        submitting.planned("evaluate", ["cluster=gpu"])
+    with pytest.raises(ConfigError, match="export: missing - no such directory"):
+        submitting.planned("export", ["cluster=cpu", "missing", "out"])
+    with pytest.raises(ConfigError, match="no job was submitted for it"):
+        submitting.planned("export", ["cluster=cpu", "missing", "out"], after=["nobody"])
+
+
+def test_a_container_is_handed_on(site: Path) -> None:
+    job = submitting.planned("train", [*cpu(1, 1), *TINY, "cluster.container=/images/llm.sif", "run_name=mine"])
+    assert "export LLM_CONTAINER=/images/llm.sif" in submitting.written(job)
+
+
+def test_where(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLM_RUN_ID", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    where(TINY)
+    assert capsys.readouterr().out == "runs/12\n"
+    with pytest.raises(ConfigError, match=r"did you mean model\.dim"):
+        where(["model.dmi=3"])
+
+
+def test_looking_at_jobs_loads_nothing_that_trains() -> None:
+    program = (
+        "import sys; from llm.__main__ import main\n"
+        "try: main(['status'])\nfinally: sys.exit(str({'torch', 'lightning'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=CONF.parent, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    made = Submission("1", "train", "a", "runs/a", "now", None, ["x=1"], None)
+    folder = tmp_path / "jobs/train"
+    folder.mkdir(parents=True)
+    made.write(folder)
+    assert submissions(tmp_path) == [(folder, made)]
