@@ -27,6 +27,8 @@ begin() {
   trap 'ended=1; hear' TERM
   open_container
   per_node=$(ranks_per_node) || exit "$MISTAKE"
+  # The template's --cpus-per-gpu is for nodes that have any: on others srun would look for them.
+  [ -n "${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}" ] || unset SLURM_CPUS_PER_GPU
   # Each rank would take every core of its node, and all of them wait for each other.
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((${SLURM_CPUS_ON_NODE:-$(nproc)} + per_node - 1) / per_node))}
   # Errors of NCCL with their causes; INFO also tells which network it took.
@@ -89,8 +91,7 @@ ranks() {
   options+=(--distribution=block) # neighbours share a node: the tensor axis is laid over them
   options+=(--kill-on-bad-exit=1) # a rank that hangs does not keep the job
   # Without --gpu-bind each rank sees the GPUs of its node, and takes its own; =none hides them all where SLURM does not confine
-  # devices (22.05). And the template's --cpus-per-gpu is for nodes that have any: srun would look for them.
-  [ -n "${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE:-}}" ] || unset SLURM_CPUS_PER_GPU
+  # devices (22.05).
   [ -z "${SLURM_CPUS_PER_TASK:-}" ] || options+=(--cpus-per-task="$SLURM_CPUS_PER_TASK") # srun asks no more by itself since 22.05
   srun "${options[@]}" "${pyxis[@]}" "${inside[@]}" "$@" &
   step=$!
