@@ -72,16 +72,26 @@ def _parsed(bar: str) -> tuple[Any, float]:
     return sense, float(value)
 
 
-def write(folder: Path, device: str, measured: Mapping[str, Mapping[str, Any]]) -> None:
-    """`DEVICE.json`, `.md` and `.png`; measures that were not taken now keep what they have."""
+def write(folder: Path, device: str, measured: Mapping[str, Mapping[str, Any]], part: bool = False) -> None:
+    """`DEVICE.json`, `.md` and `.png`; measures that were not taken now keep what they have, and of those that were
+    taken in `part` the other cases do."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{device}.json"
     record = json.loads(path.read_text()) if path.exists() else {}
-    record |= measured
+    record |= {name: _merged(record[name], now) if part and name in record else now for name, now in measured.items()}
     path.write_text(json.dumps(record, indent=1) + "\n")
     results = rows_of(record)
     (folder / f"{device}.md").write_text(_markdown(record, results))
     picture(results, folder / f"{device}.png")
+
+
+def _merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A measure with some cases taken anew; each of the others says when it was."""
+    cases = {row["case"] for row in now["rows"]}
+    about = {name: before["about"][name] for name in ("date", "commit")}
+    kept = [{"taken": about, **row} for row in before["rows"] if row["case"] not in cases]
+    open_ = [text for text in before["skipped"] if text.partition(": ")[0].replace(", ", ": ") not in cases]
+    return {**now, "skipped": list(dict.fromkeys([*open_, *now["skipped"]])), "rows": [*kept, *now["rows"]]}
 
 
 def _markdown(record: Mapping[str, Any], results: Mapping[str, list[Row]]) -> str:
@@ -91,6 +101,8 @@ def _markdown(record: Mapping[str, Any], results: Mapping[str, list[Row]]) -> st
         loaded = ", on a loaded machine" if measure["loaded"] else ""
         commit = (about["commit"] or "no commit")[:12]
         lines.append(f"{name}: {measure['heading']} {about['date'][:10]}, {commit}, {about['machine']}{loaded}.")
+        taken = {(row["taken"]["date"][:10], row["taken"]["commit"][:12]) for row in measure["rows"] if "taken" in row}
+        lines += [f"{name}: some cases are of {date}, {commit}." for date, commit in sorted(taken)]
         lines += [f"{name}: not measured: {line}" for line in measure["skipped"]]
     return "\n".join(lines) + "\n"
 

@@ -102,7 +102,7 @@ def main() -> None:
             }
             print(report.table({name: results[name]}), flush=True)
             if not small:
-                report.write(given.results, given.device, record)
+                report.write(given.results, given.device, record, part=bool(given.case))
         if small:  # the same code, and nothing written over
             report.write(Path(scratch) / "results", given.device, record)
     if len(wanted) > 1:

@@ -102,6 +102,19 @@ def test_the_table_judges_the_median(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "cpu.json").read_text())
     assert report.rows_of(kept) == results, "a measure that is not taken again stays"
     assert "on a loaded machine" in (tmp_path / "cpu.md").read_text()
+    anew = {
+        **entry,
+        "about": about | {"date": "2026-02-02"},
+        "skipped": [],
+        "rows": report.recorded(results["decoder"][1:2]),
+    }
+    report.write(tmp_path, "cpu", {"decoder": anew}, part=True)
+    merged = json.loads((tmp_path / "cpu.json").read_text())["decoder"]
+    assert {row["case"]: row.get("taken", about)["date"] for row in merged["rows"]} == {
+        "ours / plain": "2026-01-01T00:00:00",
+        "plain": "2026-01-01T00:00:00",
+        "ours": about["date"],
+    }, "a case that is not taken again stays, and says when it was"
     assert (tmp_path / "cpu.png").stat().st_size > 1000
 
 
