@@ -101,7 +101,8 @@ def _markdown(record: Mapping[str, Any], results: Mapping[str, list[Row]]) -> st
         loaded = ", on a loaded machine" if measure["loaded"] else ""
         commit = (about["commit"] or "no commit")[:12]
         lines.append(f"{name}: {measure['heading']} {about['date'][:10]}, {commit}, {about['machine']}{loaded}.")
-        taken = {(row["taken"]["date"][:10], row["taken"]["commit"][:12]) for row in measure["rows"] if "taken" in row}
+        others = [row["taken"] for row in measure["rows"] if "taken" in row]
+        taken = {(other["date"][:10], (other["commit"] or "no commit")[:12]) for other in others}
         lines += [f"{name}: some cases are of {date}, {commit}." for date, commit in sorted(taken)]
         lines += [f"{name}: not measured: {line}" for line in measure["skipped"]]
     return "\n".join(lines) + "\n"
