@@ -81,6 +81,7 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
 
     Raises:
         ConfigError: with everything that can be told to be wrong before the job starts.
+        SubmittedError: if the run has a job that has not ended.
     """
     jobs_before = tuple(_job_of(name) for name in after)
     if kind in ("evaluate", "export"):
@@ -89,17 +90,17 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
         os.environ.pop(variable, None)
     os.environ["LLM_RUN_ID"] = made_run_id()
     swept = combinations(arguments) if kind == "sweep" else [list(arguments)]
-    mistakes = _following(arguments)
-    first = _composed(arguments if kind == "sweep" else swept[0], sweep=kind == "sweep")
-    cluster = cluster_of(first)
-    allocated = [f"trainer.num_nodes={cluster.nodes}", f"trainer.devices={cluster.ranks_per_node}"]
-    cfg = compose([*allocated, *swept[0]])
+    cfg = compose(["-m", *arguments] if kind == "sweep" else arguments)  # of a sweep that of the first run
+    cluster = cluster_of(cfg)
     name = _named(cfg, kind)
-    if mistakes := [*mistakes, *([] if kind == "prepare" else _disagreements(cfg, cluster)), *name.mistakes]:
+    run_dir = Path(cfg.run_dir) if kind == "train" else Path("runs") / name.name
+    refuse_live(run_dir, kind)
+    mistakes = [*_following(arguments), *name.mistakes]
+    cfg.trainer.num_nodes, cfg.trainer.devices = cluster.nodes, cluster.ranks_per_node
+    if mistakes := [*mistakes, *([] if kind == "prepare" else _disagreements(cfg, cluster))]:
         raise ConfigError(mistakes)
     n_tasks = len(swept) if kind == "sweep" else n_shares
     frozen = [] if kind in ("prepare", "sweep") else name.overrides
-    run_dir = Path(cfg.run_dir) if kind == "train" else Path("runs") / name.name
     return Job(kind, name.name, run_dir, [*arguments, *frozen], _sized(cluster, kind), n_tasks, jobs_before, cfg)
 
 
@@ -204,22 +205,27 @@ def _sbatch(path: Path) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def _set_aside(job: Job) -> None:
-    """Make room for another submission of a run whose last job has ended."""
-    for folder, before in jobs.submissions(job.run_dir):
-        if folder != job.folder:
-            continue
-        if live := [state for state in jobs.states(before.job) if state.live]:
+def refuse_live(run_dir: Path, kind: Kind) -> None:
+    """Two jobs of one run would wait for each other, or the second be refused by the first one's lock.
+
+    Raises:
+        SubmittedError: if the run has such a job that has not ended.
+    """
+    for folder, before in jobs.submissions(run_dir):
+        live = [state for state in jobs.states(before.job) if state.live] if folder.name == kind else []
+        if live:
             raise SubmittedError(
-                f"{job.run_dir}: job {before.job} of it is {live[0].name} - python -m llm cancel {job.name} first, or "
+                f"{run_dir}: job {before.job} of it is {live[0].name} - python -m llm cancel {before.name} first, or "
                 "give another run_name"
             )
-        folder.rename(folder.with_name(f"{folder.name}.{before.job}-{before.submitted.replace(':', '')}"))
 
 
-def _composed(arguments: Sequence[str], sweep: bool) -> DictConfig:
-    """Every mistake of the command line, of all combinations of a sweep; what takes Lightning is judged afterwards."""
-    return compose(["-m", *arguments] if sweep else arguments, elsewhere=lambda cfg: True)
+def _set_aside(job: Job) -> None:
+    """Make room for another submission of a run whose last job has ended."""
+    refuse_live(job.run_dir, job.kind)
+    for folder, before in jobs.submissions(job.run_dir):
+        if folder == job.folder:
+            folder.rename(folder.with_name(f"{folder.name}.{before.job}-{before.submitted.replace(':', '')}"))
 
 
 def _following(arguments: Sequence[str]) -> list[str]:

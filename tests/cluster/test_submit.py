@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llm.cluster import Slurm, partition
 from llm.cluster import submit as submitting
 from llm.cluster.commands import combination, status, submit, where
-from llm.cluster.jobs import Submission, submissions
+from llm.cluster.jobs import Submission, states, submissions
 from llm.cluster.partition import Nodes
 from llm.cluster.sweep import combinations
 from llm.command import compose
@@ -334,3 +334,20 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     made.write(folder)
     assert submissions(tmp_path) == [(folder, made)]
+
+
+def test_jobs_that_the_controller_has_forgotten(site: Path) -> None:
+    """Accounting is asked, where there is any; else nobody knows."""
+    (site / "tools/scontrol").write_text(
+        "#!/bin/bash\necho slurm_load_jobs error: Invalid job id specified >&2; exit 1\n"
+    )
+    assert states("42") == []
+    sacct = site / "tools/sacct"
+    sacct.write_text("#!/bin/bash\necho 'COMPLETED|n[1-2]|42_0'; echo 'CANCELLED by 0|n1|42_1'\n")
+    sacct.chmod(0o755)
+    assert [(one.name, one.nodes, one.task, one.live) for one in states("42")] == [
+        ("COMPLETED", "n[1-2]", "0", False),
+        ("CANCELLED", "n1", "1", False),
+    ]
+    sacct.write_text("#!/bin/bash\necho Slurm accounting storage is disabled >&2; exit 1\n")
+    assert states("42") == []
