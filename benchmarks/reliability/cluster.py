@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.reliability.record import record
 from tests.cluster.box import PACED, TINY, Box, cpu, ledger, lines, losses, weights, why_not
 
-N_STEPS = 100
+N_STEPS = 160
 RUN = [*TINY, f"trainer.max_steps={N_STEPS}", "strategy=ddp"]
 PATIENCE_S = 240
 
