@@ -51,6 +51,16 @@ def prepare(arguments: Sequence[str]) -> None:
     prepare_data(cfg, None if options.share is None else (int(number), int(of)))
 
 
+def stage(arguments: Sequence[str]) -> None:
+    """Copy the data that a run reads to a folder of this node's own, for data.cache_dir: what slurm/job.sh does."""
+    parser = Parser("python -m llm stage", description=stage.__doc__)
+    parser.add_argument("folder", type=Path, help="to make, or to add to")
+    options, overrides = parser.parse_known_args(list(arguments))
+    from llm.run import stage as stage_data
+
+    stage_data(compose(overrides), options.folder)
+
+
 def _generate_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("python -m llm generate", description=generate.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, or one of its checkpoints/step-*")
@@ -207,9 +217,14 @@ def evaluate(arguments: Sequence[str]) -> None:
         settings=_settings_of_weights,
         run_programs=options.run_programs,
     )
-    out = options.out or Path(options.run) / "predictions.jsonl"
+    out = options.out or _beside(Path(options.run)) / "predictions.jsonl"
     found.write(out)
     print(f"{table(found)}\n{out}: every prediction; {out.with_suffix('.scores.json').name}: the scores")
+
+
+def _beside(run: Path) -> Path:
+    """Where to write what is found out about a run; a checkpoint holds nothing else than itself."""
+    return run.parents[1] if run.parent.name == "checkpoints" else run
 
 
 def import_weights(arguments: Sequence[str]) -> None:
@@ -302,6 +317,7 @@ def verify(arguments: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare": prepare,
+    "stage": stage,
     "generate": generate,
     "evaluate": evaluate,
     "import": import_weights,

@@ -15,12 +15,27 @@ def commit(root: Path = ROOT) -> str | None:
     """The commit of the code, with `-dirty` if files differ from it; None outside a git checkout."""
     if (root / _MARK).is_file():
         return (root / _MARK).read_text().strip() or None
-    return _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    described = _git(root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    if described is None:
+        return None
+    name = described.strip()
+    return f"{name}-dirty" if _untracked(root) and not name.endswith("-dirty") else name
 
 
 def difference(root: Path = ROOT) -> str:
-    """How files differ from the commit, as a patch; "" if they do not, or nobody knows."""
-    return _git(root, "diff", "HEAD", "--", *_PARTS) or ""
+    """How files differ from the commit, as a patch that git applies, with new ones; "" if they do not, or nobody
+    knows."""
+    plain = ("--binary", "--no-color", "--no-ext-diff")
+    patch = _git(root, "diff", *plain, "HEAD", "--", *_PARTS) or ""
+    for name in _untracked(root):
+        patch += _git(root, "diff", *plain, "--no-index", "--", "/dev/null", name, code=1) or ""
+    return patch
+
+
+def _untracked(root: Path) -> list[str]:
+    """Files of the code that git does not know, and is not told to ignore."""
+    found = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *_PARTS)
+    return [name for name in (found or "").split("\0") if name]
 
 
 def copy_code(folder: Path, root: Path = ROOT) -> None:
@@ -35,10 +50,11 @@ def copy_code(folder: Path, root: Path = ROOT) -> None:
     (folder / _MARK).write_text(f"{commit(root) or ''}\n")
 
 
-def _git(root: Path, *arguments: str) -> str | None:
+def _git(root: Path, *arguments: str, code: int = 0) -> str | None:
+    """What git prints; None if it is not there, or ends with another exit code."""
     command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, errors="replace")
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30, errors="replace")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return done.stdout if done.returncode == code else None

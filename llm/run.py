@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,6 +137,15 @@ def prepare(cfg: DictConfig, share: tuple[int, int] | None = None) -> None:
     print(yaml.safe_dump(data.report(), sort_keys=False))
 
 
+def stage(cfg: DictConfig, folder: Path) -> None:
+    """Prepare the data of `cfg`, or find it, and copy it to another cache directory."""
+    check(cfg)
+    speak()
+    data: TextData = built(cfg.data)
+    data.prepare()
+    data.stage(folder)
+
+
 def claim(run_dir: Path, resume: str, lock: Lock) -> str | None:
     """Make the run directory, lock it, and say which checkpoint to go on from; None starts at step 0.
 
@@ -241,8 +251,7 @@ def _attempt(
     trainer, objective = build(cfg)
     for window in back.windows:
         objective.guard.leave_out(window)
-    if found is not None and run_dir in Path(found).parents:
-        _continue_wandb(trainer, read_state(Path(found)).get("wandb"))
+    _continue_wandb(trainer, run_dir)
     assert isinstance(trainer.strategy, Stored), "every strategy of ours saves through our store"
     trainer.strategy.attachments = _write_inputs(cfg, run_dir, data)
     trainer.strategy.lock = lock
@@ -300,11 +309,19 @@ def _finish_wandb(trainer: L.Trainer) -> None:
     tell(trainer, lambda logger: logger.experiment.finish() if isinstance(logger, WandbLogger) else None)
 
 
-def _continue_wandb(trainer: L.Trainer, run_id: str | None) -> None:
-    """The same run there as here; offline it is another folder, which `wandb sync` adds to the first."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger) and run_id is not None:
-            logger._wandb_init |= {"id": run_id, "resume": "allow"}
+def _continue_wandb(trainer: L.Trainer, run_dir: Path) -> None:
+    """One run here is one run there, from its first attempt on, whatever becomes of that; offline each attempt is
+    another folder, which `wandb sync` adds to the first."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+    if not loggers or place().rank > 0:
+        return
+    path = run_dir / "wandb" / "id"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(secrets.token_hex(4))
+    for logger in loggers:
+        if logger._wandb_init.get("id") is None:
+            logger._wandb_init |= {"id": path.read_text(), "resume": "allow"}
 
 
 def _start(cfg: DictConfig, data: TextData, checkpoint: str | None, world_size: int) -> int | None:

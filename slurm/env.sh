@@ -10,7 +10,7 @@
 # --- container --------------------------------------------------------------------------------------------------------
 # Every process runs in this image: a .sif file by apptainer, anything else by enroot (pyxis), as nvcr.io#nvidia/pytorch:25.09-py3.
 # LLM_CONTAINER=/shared/images/llm.sif        # conf/cluster: cluster.container
-# LLM_CONTAINER_MOUNTS=/shared,/scratch       # folders that are to be seen in it, besides the working directory
+# LLM_CONTAINER_MOUNTS=/shared,/scratch       # folders that are to be seen in it, besides the working directory and the cache
 
 # --- network ----------------------------------------------------------------------------------------------------------
 # Of several networks the one that nodes reach each other by; the fast one is NCCL's to find (NCCL_IB_HCA=mlx5).
@@ -21,5 +21,5 @@
 # --- storage ----------------------------------------------------------------------------------------------------------
 # Where prepared data lies; all nodes have to see it, unless each is to prepare its own.
 # export LLM_CACHE_DIR=/shared/$USER/llm-cache
-# A folder on each node's own disk: before training the prepared data is copied there, once a node, and read from there.
+# A folder on each node's own disk: before training what the run reads is copied there, once a node, and read from there.
 # LLM_SCRATCH=${TMPDIR:-/tmp}/llm-$SLURM_JOB_ID

@@ -139,7 +139,7 @@ def elsewhere(box: Box) -> dict[str, Any]:
 
 def trials(box: Box) -> dict[str, Callable[[], dict[str, Any]]]:
     """All that can be tried, by name."""
-    limit = ("cluster.time=1", "cluster.warning_s=10")
+    limit = ("cluster.time=0:01:00", "cluster.warning_s=10")
     kept = "cluster.options.no-kill=true"
     return {
         "warned": lambda: interrupted(box, "warned", 20, lambda job: box.exec("scancel", "--signal=USR1", job)),

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 import lightning as L
 from annotated_types import Ge, Gt
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import WandbLogger
 
 from llm.checkpoint import step_name, steps
 from llm.checkpoint.rng import rng_state, set_rng_state
@@ -61,13 +60,10 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The W&B run that goes on, and the generators' states, without which dropout would differ after a restart: one
-        of every share of the data.
+        """The generators' states, without which dropout would differ after a restart: one of every share of the data.
 
         Processes that share their data (tensor parallelism) draw the same, and have to.
         """
-        wandb = next((logger for logger in trainer.loggers if isinstance(logger, WandbLogger)), None)
-        checkpoint["wandb"] = None if wandb is None else wandb.version
         states = gather_objects(rng_state())
         checkpoint["rng"] = states[:: len(states) // self._share(trainer)["num_replicas"]]
 

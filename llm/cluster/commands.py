@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -61,14 +62,18 @@ def logs(arguments: Sequence[str]) -> None:
     parser.add_argument("run", help="name or directory of a run")
     parser.add_argument("--follow", action="store_true", help="go on until the job has ended")
     parser.add_argument("--task", type=int, help="of an array")
+    parser.add_argument(
+        "--job", metavar="KIND", help="of another job than the one that trains: evaluate, export, prepare"
+    )
     options = parser.parse_args(list(arguments))
-    folder, made = jobs.submissions(jobs.find(options.run))[-1]
+    folder, made = jobs.newest(jobs.find(options.run), options.job)
     if (options.task is None) != (made.n_tasks is None):
         parser.error(f"job {made.job} is {'no' if made.n_tasks is None else 'an'} array: --task N goes with an array")
     path = folder / ("log.txt" if options.task is None else f"log-{options.task}.txt")
-    read = 0
+    read, asked, ended = 0, -math.inf, not options.follow
     while True:
-        ended = not (options.follow and any(state.live for state in jobs.states(made.job)))
+        if not ended and time.monotonic() - asked > 10:  # the controller serves everybody
+            ended, asked = not _may_write(made.job), time.monotonic()
         if path.exists():
             with path.open("rb") as file:
                 file.seek(read)
@@ -84,6 +89,16 @@ def logs(arguments: Sequence[str]) -> None:
             ", ".join(f"{state.name} {state.reason}".strip() for state in jobs.states(made.job)) or "unknown to SLURM"
         )
         print(f"{path}: nothing yet; job {made.job} is {state}")
+
+
+def _may_write(job: str) -> bool:
+    """Whether a job may still say something."""
+    from llm.cluster import jobs
+
+    try:
+        return any(state.live for state in jobs.states(job))
+    except jobs.NoAnswerError:
+        return True
 
 
 def cancel(arguments: Sequence[str]) -> None:
@@ -122,11 +137,15 @@ def combination(arguments: Sequence[str]) -> None:
 
 def _rows(run_dir: Path, made: object) -> list[tuple[str, ...]]:
     """Of one submission: a row, or one for each task of an array."""
-    from llm.cluster.jobs import State, Submission, progress, states
+    from llm.cluster.jobs import NoAnswerError, State, Submission, progress, states
 
     assert isinstance(made, Submission)
     rows: list[tuple[str, ...]] = []
-    for state in states(made.job) or [State("ended", "no longer known to SLURM")]:
+    try:
+        found = states(made.job) or [State("ended", "no longer known to SLURM")]
+    except NoAnswerError:
+        found = [State("unknown", "SLURM does not answer")]
+    for state in found:
         task_dir = run_dir / state.task if made.kind == "sweep" and state.task.isdecimal() else run_dir
         told = progress(task_dir, made.job)
         step = str(told.get("step", "")) + (f"/{told['max_steps']}" if "max_steps" in told else "")

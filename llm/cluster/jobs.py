@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llm.config.mistake import ConfigError, did_you_mean, line, nearest
+from llm.exit import LOST
 
 FOLDER = "jobs"
+_PATIENCE_S = 60.0
 _RECORD, _CANCELLED = "submission.json", "cancelled"
 # States in which a job is, or will be, at work (squeue(1), JOB STATE CODES).
 _LIVE = {
@@ -73,9 +75,23 @@ def submissions(run_dir: Path) -> list[tuple[Path, Submission]]:
     return sorted(found, key=lambda pair: pair[1].submitted)
 
 
+def newest(run_dir: Path, kind: str | None = None) -> tuple[Path, Submission]:
+    """The newest job of a run that is of a kind; None: that trains, or if there is none, the newest.
+
+    Raises:
+        ConfigError: if there is none of the kind.
+    """
+    found = submissions(run_dir)
+    of_kind = [pair for pair in found if pair[1].kind == kind or (kind is None and pair[1].kind in ("train", "sweep"))]
+    if not of_kind and (kind is not None or not found):
+        kinds = ", ".join(dict.fromkeys(pair[1].kind for pair in found)) or "none"
+        raise ConfigError([line("job", str(kind), f"{run_dir} has no such job", f"there is {kinds}")])
+    return (of_kind or found)[-1]
+
+
 def run_dirs(root: Path = Path("runs")) -> list[Path]:
     """Below `root`, those that jobs were submitted for."""
-    return sorted({path.parents[2] for path in root.glob(f"**/{FOLDER}/*/{_RECORD}") if "code" not in path.parts})
+    return sorted({path.parents[2] for path in root.glob(f"**/{FOLDER}/*/{_RECORD}")})
 
 
 def find(name: str, root: Path = Path("runs")) -> Path:
@@ -92,12 +108,28 @@ def find(name: str, root: Path = Path("runs")) -> Path:
     raise ConfigError([line("run", name, f"no job was submitted for it from {Path.cwd()}", remedy)])
 
 
+class NoAnswerError(Exception):
+    """SLURM's controller does not answer, so nobody knows how a job is."""
+
+    exit_code = LOST
+
+
 def states(job: str) -> list[State]:
     """How a job is, task by task if it is an array: from the controller, which forgets what ended long ago, then from
-    accounting, where there is any. Empty if nobody knows it."""
-    told = slurm("scontrol", "show", "job", "--oneliner", job)
-    if told is not None and "JobState=" in told:
-        return [_parsed(row) for row in told.splitlines() if "JobState=" in row]
+    accounting, where there is any. Empty if nobody knows it.
+
+    Raises:
+        NoAnswerError: if the controller cannot be asked.
+    """
+    command = ["scontrol", "show", "job", "--oneliner", job]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoAnswerError(f"scontrol does not answer ({error}) - ask again on a login node") from error
+    if "JobState=" in done.stdout:
+        return [_parsed(row) for row in done.stdout.splitlines() if "JobState=" in row]
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise NoAnswerError(f"scontrol does not answer - ask again later: {done.stderr.strip()}")
     told = slurm("sacct", "--allocations", "--noheader", "--parsable2", "--format=State,NodeList,JobID", "--jobs", job)
     found = []
     for row in (told or "").splitlines():
@@ -117,11 +149,10 @@ def cancel(folder: Path, made: Submission, now: bool) -> str | None:
     found = [state.name for state in states(made.job) if state.live]
     if not found:
         return None
-    saves = not now and made.kind in ("train", "sweep") and "RUNNING" in found
-    if saves:
+    if not now and made.kind in ("train", "sweep") and "RUNNING" in found:
         (folder / _CANCELLED).touch()  # which the batch shell looks at before it queues the job again
         _scancel("--state=PENDING", made.job)
-        _scancel("--signal=USR1", made.job)
+        _scancel("--full", "--signal=USR1", made.job)  # also the batch shell, while it has no ranks yet
         return f"job {made.job}: told to save and end; --now ends it at once"
     _scancel(made.job)
     return f"job {made.job}: cancelled; submitted again, the run goes on from its last checkpoint"
@@ -136,7 +167,7 @@ def _scancel(*arguments: str) -> None:
 def slurm(*command: str) -> str | None:
     """What a command of SLURM's prints; None if it is not there, or refuses."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_PATIENCE_S)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout

@@ -24,7 +24,7 @@ class Nodes:
 
 def nodes() -> list[Nodes] | None:
     """All that there are; None where sinfo does not answer."""
-    told = slurm("sinfo", "--noheader", "--format=%P|%D|%c|%G|%l")
+    told = slurm("sinfo", "--all", "--noheader", "--format=%P|%D|%c|%G|%l")
     return None if told is None else [_parsed(row) for row in told.splitlines() if row.count("|") == 4]
 
 
@@ -65,7 +65,7 @@ def problems(asked: Slurm, there: list[Nodes]) -> list[str]:
 def _parsed(row: str) -> Nodes:
     partition, number, cpus, gres, limit = row.split("|")
     gpus: dict[str, int] = {}
-    for type_, count in re.findall(r"gpu:(?:(\w+):)?(\d+)", gres):
+    for type_, count in re.findall(r"\bgpu(?::([^:,()]+))?:(\d+)(?=[(,]|$)", gres):
         gpus[type_] = gpus.get(type_, 0) + int(count)
     gpus[""] = sum(gpus.values())
     minutes = None if limit == "infinite" else Slurm(tasks_per_node=1, time=limit, warning_s=0).minutes

@@ -12,13 +12,20 @@ from annotated_types import Ge
 _WORD = re.compile(r"[\w.,:=/@%+*\[\]#-]+")
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 _OURS = {
+    "account": "cluster.account",
     "array": "--job sweep, or --shares with --job prepare",
     "chdir": "the directory that submit is called in",
     "cpus-per-task": "cluster.cpus_per_task",
+    "dependency": "--after RUN",
+    "export": "the job needs your environment, or slurm/env.sh makes it: SBATCH_EXPORT",
+    "gpus": "cluster.gpus_per_node",
     "gpus-per-node": "cluster.gpus_per_node",
     "job-name": "run_name",
     "mem": "cluster.memory",
     "nodes": "cluster.nodes",
+    "ntasks": "cluster.gpus_per_node or cluster.tasks_per_node",
+    "partition": "cluster.partition",
+    "qos": "cluster.qos",
     "ntasks-per-node": "cluster.gpus_per_node or cluster.tasks_per_node",
     "open-mode": "append: the log of every restart in one file",
     "output": "jobs/…/log.txt in the run directory",
@@ -38,7 +45,7 @@ class Slurm:
     gpu_type        of the GPUs, where a partition has several
     cpus_per_task   of each rank
     memory          of each node, as sbatch's --mem has it; "0": all of it
-    time            limit of each attempt, DAYS-HH:MM:SS, HH:MM:SS or minutes
+    time            limit of each attempt, DAYS-HH:MM:SS or HH:MM:SS
     warning_s       how long before it the run saves, leaves and is queued again; SLURM may send it a minute early
     max_requeues    after so many restarts of the job somebody has to look
     container       image for every process
@@ -126,10 +133,11 @@ class Slurm:
                 problems.append(
                     f"cluster.{key}: {value!r} - sbatch takes a word - letters, digits and . , : = / @ % + -"
                 )
-        if not _TIME.fullmatch(str(self.time)):
-            problems.append(
-                f"cluster.time: {self.time!r} - must be DAYS-HH:MM:SS, HH:MM:SS or minutes - write 1-00:00:00"
-            )
+        if isinstance(self.time, int):
+            rule = "is a number here, as YAML reads 1:30:00 without quotes"
+            problems.append(f"cluster.time: {self.time} - {rule} - write it with quotes, minutes as '0:{self.time}:00'")
+        elif not _TIME.fullmatch(self.time):
+            problems.append(f"cluster.time: {self.time!r} - must be DAYS-HH:MM:SS or HH:MM:SS - write 1-00:00:00")
         elif self.warning_s >= 60 * self.minutes:
             problems.append(
                 f"cluster.warning_s: {self.warning_s} - the whole time limit is {60 * self.minutes:.0f} s - "

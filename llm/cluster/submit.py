@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
 from llm.cluster import jobs, partition
@@ -30,9 +31,9 @@ from llm.exit import EXISTS
 
 Kind = Literal["train", "sweep", "prepare", "evaluate", "export"]
 KINDS: tuple[Kind, ...] = ("train", "sweep", "prepare", "evaluate", "export")
-SCRIPT = "script.sbatch"
+SCRIPT, _OWN = "script.sbatch", "config-dir"
 # What names a run is a folder, a job and a W&B run: no name needs more, and none of these means anything to a shell.
-_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*(/[\w.+-]+)*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
 _CLUSTER = re.compile(r"\+*cluster[.=@]")
 
 
@@ -50,6 +51,7 @@ class Job:
     n_tasks    of an array; None: no array
     after      ids of jobs that have to have ended well before it starts
     config     of the run, composed; None where the run is there already
+    own        folder of the user's own YAML (--config-dir), which is frozen, too
     """
 
     kind: Kind
@@ -60,6 +62,7 @@ class Job:
     n_tasks: int | None = None
     after: tuple[str, ...] = ()
     config: DictConfig | None = None
+    own: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -101,7 +104,18 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
         raise ConfigError(mistakes)
     n_tasks = len(swept) if kind == "sweep" else n_shares
     frozen = [] if kind in ("prepare", "sweep") else name.overrides
-    return Job(kind, name.name, run_dir, [*arguments, *frozen], _sized(cluster, kind), n_tasks, jobs_before, cfg)
+    own, kept = _own_files(arguments, run_dir / jobs.FOLDER / kind)
+    return Job(kind, name.name, run_dir, [*kept, *frozen], _sized(cluster, kind), n_tasks, jobs_before, cfg, own)
+
+
+def _own_files(arguments: Sequence[str], folder: Path) -> tuple[Path | None, list[str]]:
+    """The folder that --config-dir names, and the arguments with that of its copy in its place."""
+    given, _ = get_args_parser().parse_known_args(list(arguments))
+    if given.config_dir is None:
+        return None, list(arguments)
+    copy = str((folder / _OWN).absolute())
+    replaced = {given.config_dir: copy, f"--config-dir={given.config_dir}": f"--config-dir={copy}"}
+    return Path(given.config_dir), [replaced.get(text, text) for text in arguments]
 
 
 def cluster_of(cfg: DictConfig) -> Slurm:
@@ -122,20 +136,22 @@ def cluster_of(cfg: DictConfig) -> Slurm:
 def script(job: Job, template: str) -> str:
     """The template, with what this job asks SLURM for, its arguments, and where its code lies."""
     cluster = job.cluster
-    log = job.folder.absolute() / ("log.txt" if job.n_tasks is None else "log-%a.txt")
-    ours: dict[str, str | None] = cluster.directives(job.name.replace("/", "-"), str(log), str(Path.cwd()))
+    folder = str(job.folder.absolute()).replace("%", "%%")
+    log = f"{folder}/{'log.txt' if job.n_tasks is None else 'log-%a.txt'}"
+    ours: dict[str, str | None] = cluster.directives(job.name.replace("/", "-"), log, str(Path.cwd()))
     if job.n_tasks is not None:
         ours["array"] = f"0-{job.n_tasks - 1}"
     if job.after:
-        ours["dependency"] = f"afterok:{':'.join(job.after)}"
+        ours |= {"dependency": f"afterok:{':'.join(job.after)}", "kill-on-invalid-dep": "yes"}
     if job.kind not in ("train", "sweep"):
         ours.pop("signal", None)
-    theirs = dict(_directive(text) for text in template.splitlines() if text.startswith("#SBATCH "))
-    theirs.pop("cpus-per-gpu", None)  # cpus-per-task says it
-    theirs.pop("ntasks", None)  # nodes and ntasks-per-node say it
+    theirs = dict(filter(None, map(_directive, template.splitlines())))
+    for option in ("cpus-per-gpu", "ntasks", "signal"):  # what the cluster's keys say, or say not
+        theirs.pop(option, None)
     options = theirs | ours
-    body = [text for text in template.splitlines() if not text.startswith("#SBATCH ")]
-    variables = {"LLM_CODE": str((job.folder / "code").absolute()), "LLM_MAX_REQUEUES": str(cluster.max_requeues)}
+    body = [text for text in template.splitlines() if _directive(text) is None]
+    variables = {"LLM_CODE": str(job.folder.absolute() / "code"), "LLM_JOB_FOLDER": str(job.folder.absolute())}
+    variables["LLM_MAX_REQUEUES"] = str(cluster.max_requeues)
     if cluster.container is not None:
         variables["LLM_CONTAINER"] = cluster.container
     if job.kind == "sweep":
@@ -143,7 +159,7 @@ def script(job: Job, template: str) -> str:
     return "\n".join(
         [
             body[0],
-            *(f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()),
+            *(f"#SBATCH --{name}" + ("" if value is None else f"={_quoted(value)}") for name, value in options.items()),
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             f'set -- {" ".join(map(shlex.quote, job.arguments))} "$@"',
             *body[1:],
@@ -187,6 +203,8 @@ def submit(job: Job) -> jobs.Submission:
 
 def _freeze(job: Job) -> None:
     copy_code(job.folder / "code")
+    if job.own is not None:
+        shutil.copytree(job.own, job.folder / _OWN)
     if patch := difference():
         (job.folder / "diff.patch").write_text(patch)
     if job.config is not None:
@@ -197,7 +215,12 @@ def _freeze(job: Job) -> None:
 def _sbatch(path: Path) -> str:
     """The id of the job."""
     # This shell's own job, if it is one, is none of the new one's.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "LLM_RUN_ID"))}
+    kept = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT"}  # by which the cluster is found
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name in kept or not name.startswith(("SLURM_", "LLM_RUN_ID"))
+    }
     command = ["sbatch", "--parsable", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
@@ -254,10 +277,10 @@ def _named(cfg: DictConfig, kind: Kind) -> _Name:
     if not _NAME.fullmatch(name):
         rule = "names a folder and a job"
         mistakes.append(line("run_name", repr(name), rule, "letters, digits and . _ - + only, and / between them"))
-    if any(character in str(cfg.run_dir) for character in "\n\"'\\%"):
-        mistakes.append(
-            line("run_dir", repr(str(cfg.run_dir)), "its log is a file name in a script of SLURM's", "plainer")
-        )
+    where = str(Path.cwd() / str(cfg.run_dir))
+    if any(character in where for character in '\n"\\'):
+        remedy = 'leave out ", \\ and line breaks'
+        mistakes.append(line("run_dir", repr(where), "a script of SLURM's names it", remedy))
     return _Name(name, [f"run_name={name}"] if name == made else [], mistakes)
 
 
@@ -305,12 +328,16 @@ def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Job
     if not kept or kept[0].startswith("-"):
         raise ConfigError([line(kind, "", "of which run?", f"submit --job {kind} RUN …")])
     run_dir = Path(kept[0])
+    if run_dir.parent.name == "checkpoints":  # a checkpoint holds nothing else: a job's folder would be damage
+        run_dir = run_dir.parents[1]
     if not run_dir.is_dir() and not after:
         raise ConfigError(
             [line(kind, kept[0], "no such directory", "--after RUN waits for one that has been submitted")]
         )
     if not run_dir.is_dir():
-        run_dir = jobs.find(kept[0])
+        run_dir = jobs.find(str(run_dir))
+    if not _NAME.fullmatch(run_dir.name):
+        raise ConfigError([line(kind, repr(run_dir.name), "names a job", "letters, digits and . _ - + only")])
     cluster = _sized(cluster_of(compose(asked, elsewhere=lambda cfg: True)), kind)
     there = partition.nodes()
     if mistakes := [] if there is None else partition.problems(cluster, there):
@@ -319,13 +346,20 @@ def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Job
 
 
 def _job_of(name: str) -> str:
-    """The newest job of a run."""
-    return jobs.submissions(jobs.find(name))[-1][1].job
+    """The id of a job, or of a run's newest that trains, else of its newest."""
+    return name if name.isdecimal() else jobs.newest(jobs.find(name))[1].job
 
 
-def _directive(text: str) -> tuple[str, str | None]:
-    name, _, value = text.removeprefix("#SBATCH --").strip().partition("=")
-    return name, value or None
+def _directive(text: str) -> tuple[str, str | None] | None:
+    """An option of a template by its long name; what a site writes in another way stays a line of the script."""
+    found = re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", text.rstrip())
+    return None if found is None else (found[1], found[2])
+
+
+def _quoted(value: str) -> str:
+    """As sbatch reads a value: it ends at a space or #, unless in double quotes."""
+    plain = re.fullmatch(r"[\w.,:=/@%+*\[\]-]*", value)
+    return value if plain else f'"{value}"'
 
 
 def said(job: Job, id_: str | None) -> dict[str, Any]:
@@ -334,7 +368,7 @@ def said(job: Job, id_: str | None) -> dict[str, Any]:
     ranks = f"{cluster.nodes} x {cluster.ranks_per_node} ranks" if job.kind in ("train", "sweep") else "1 process"
     array = "" if job.n_tasks is None else f", {job.n_tasks} array tasks"
     log = job.folder / ("log.txt" if job.n_tasks is None else "log-TASK.txt")
-    dirty = (job.folder / "diff.patch").exists()
+    dirty = bool(difference())
     restarts = f"saved {cluster.warning_s} s before the limit and queued again, at most {cluster.max_requeues} times"
     return {
         "job": f"{id_ or '(not submitted)'}: {ranks}{array}, partition {cluster.partition or '(default)'}",

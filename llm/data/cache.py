@@ -77,6 +77,18 @@ def find(root: Path, kind: str, key: str) -> Cache | None:
     return _intact(root / f"{kind}-{key}")
 
 
+def staged(cache: Cache, root: Path) -> Cache:
+    """A copy below `root`, made once, there in whole or not at all: the own disk of a node, for one that all share."""
+    kind, _, key = cache.path.name.partition("-")
+
+    def copy(folder: Path) -> dict[str, Any]:
+        for name in cache.meta["files"]:
+            shutil.copyfile(cache.path / name, folder / name)
+        return {name: value for name, value in cache.meta.items() if name != "files"}
+
+    return cached(root, kind, key, copy)
+
+
 def caches(root: Path) -> list[Cache]:
     """Every intact cache below `root`, by name."""
     folders = sorted(path for path in root.glob("*-*") if _OURS.fullmatch(path.name) and path.is_dir())

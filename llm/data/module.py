@@ -101,6 +101,10 @@ class TextData(LightningDataModule):
         whether all are there now, so that `prepare` has no text to tokenise. Raises as it does, and ValueError."""
         return self._plan.share(self.recipe, number, of)
 
+    def stage(self, folder: Path) -> None:
+        """Copy what is read to another cache directory."""
+        self._prepared.stage(self.cache_dir, folder)
+
     def prepare_data(self) -> None:
         self.prepare()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from llm.data.cache import caches, staged
 from llm.data.examples import ExampleRows, ExampleTexts, prepare_examples
 from llm.data.prepare import Held, Recipe, Rows, prepare_rows, prepare_tokenizer, prepare_tokens
 from llm.data.share import Share, are_there, prepare_share
@@ -35,6 +36,13 @@ class Prepared:
     tokenizer: Tokenizer
     train: dict[Part, AnyRows]
     val: dict[Part, AnyRows]
+
+    def stage(self, source: Path, target: Path) -> None:
+        """Copy what is read, and the tokenizers of `source`, from one cache directory to another."""
+        rows = [*self.train.values(), *self.val.values()]
+        used = {cache.path: cache for one in rows for cache in (one.tokens_cache, one.rows_cache)}
+        for cache in [*(cache for cache in caches(source) if cache.kind == "tokenizer"), *used.values()]:
+            staged(cache, target)
 
 
 @dataclass(frozen=True)

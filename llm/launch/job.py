@@ -66,7 +66,7 @@ def _without_srun(cfg: DictConfig) -> None:
     Raises:
         ConfigError: unless it says which node it is.
     """
-    n_nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    n_nodes = os.environ.get("SLURM_STEP_NUM_NODES") or os.environ.get("SLURM_JOB_NUM_NODES", "1")
     if n_nodes not in ("", "1") and cfg.stage == "fit" and not os.environ.get("NODE_RANK"):
         rule = (
             f"train.py was started on one of the {n_nodes} nodes of job {os.environ.get('SLURM_JOB_ID')}, not by srun"

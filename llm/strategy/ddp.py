@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import lightning as L
+import torch
 from annotated_types import Gt
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from llm.launch import place
 from llm.strategy.activation_checkpointing import Checkpointing
@@ -60,8 +62,28 @@ class DDP(Hooked, Whole, Stored, DDPStrategy):
     def setup(self, trainer: L.Trainer) -> None:
         self.prepare_network(trainer, n_data_processes=self.n_data_processes(self.world_size))
         super().setup(trainer)
+        if isinstance(self.model, DistributedDataParallel):
+            settle_buckets(self.model)
         seed_dropout(self.global_rank)
 
     def n_data_processes(self, world_size: int) -> int:
         """How many processes have data of their own."""
         return world_size
+
+
+def settle_buckets(ddp: DistributedDataParallel) -> None:
+    """Have torch lay its buckets out anew before the first step, by a backward of zeros through all parameters.
+
+    It does that once, after the first backward that it sees, in the order in which gradients came. Where a gradient
+    lies decides in which order an all-reduce among three or more adds it up, so that the first step of a run that goes
+    on would differ in the last bit from the same step of one that was never stopped. Of these zeros the last
+    parameter's come first, as they nearly do in a real backward.
+    """
+    trained = [parameter for parameter in ddp.parameters() if parameter.requires_grad]
+    nothing = torch.stack([0 * parameter.flatten()[0].float() for parameter in trained]).sum()
+    ddp.reducer.prepare_for_forward()
+    ddp.reducer.prepare_for_backward([])
+    nothing.backward()
+    if not ddp.reducer._rebuild_buckets():
+        raise RuntimeError("torch has not laid out its buckets anew: this is not the release that this was written for")
+    ddp.zero_grad(set_to_none=False)

@@ -27,11 +27,11 @@ def choose_interface(together: Rendezvous) -> None:
         ConfigError: if no interface is found by which another node is reached.
     """
     here = together.here
-    if here.world_size == here.local_world_size or os.environ.get(_VARIABLE):
+    if here.world_size == here.local_world_size:
         return
     mine = socket.gethostname()
-    others = {name for name in together.hosts() if name != mine}
-    if not others or not _is_loopback(mine):
+    others = {name for name in together.hosts() if name != mine}  # every rank tells its own, whatever it has set
+    if os.environ.get(_VARIABLE) or not others or not _is_loopback(mine):
         return
     for other in sorted(others):
         if name := _towards(other):

@@ -146,6 +146,19 @@ def test_a_sweep_with_a_failing_task(box: Box) -> None:
     assert "FAILED" in shown
 
 
+def test_tasks_of_an_array_are_queued_again(box: Box) -> None:
+    """Each for itself, the last of them too, whose id is that of the array."""
+    swept = [*TINY, *PACED, "trainer.max_steps=30", "optimizer.lr=1e-3,2e-3"]
+    job = box.sbatch("--array=0-1", "--ntasks-per-node=1", "slurm/sweep.sbatch", *swept)
+    for task in ("0", "1"):
+        box.wait(f"task {task}", lambda task=task: box.step(f"{job}/{task}") >= 3)  # type: ignore[misc]
+    box.exec("scancel", "--signal=USR1", job)
+    assert box.ended(job, log=box.site / f"slurm-{job}_0.log") == "COMPLETED"
+    for task in ("0", "1"):
+        begun = [row["restart"] for row in box.attempts(f"{job}/{task}")]
+        assert begun == [0, 1], (box.site / f"slurm-{job}_{task}.log").read_text()
+
+
 def test_prepared_as_an_array(box: Box) -> None:
     """Four tasks make the bytes that one process makes."""
     settings = [*TINY, "tokenizer=bpe", "tokenizer.vocab_size=400"]
@@ -168,7 +181,11 @@ def test_evaluated_and_exported_after_the_run(box: Box) -> None:
     evaluating = box.submit("--job", "evaluate", "--after", "followed", *cpu(1, 1), *scored)
     run = "runs/followed"
     exporting = box.sbatch(f"--dependency=afterok:{job}", "slurm/export.sbatch", run, "exported")
-    assert box.ended(evaluating) == "COMPLETED", box.llm("logs", "followed").stdout
+    again = box.submit("--job", "export", "--after", "followed", *cpu(1, 1), run, "exported too")
+    scoring = box.sbatch(f"--dependency=afterok:{job}", "slurm/evaluate.sbatch", *scored)
+    assert box.ended(again) == box.ended(scoring) == "COMPLETED"
+    assert (box.site / "exported too" / "model.safetensors").exists()
+    assert box.ended(evaluating) == "COMPLETED", box.llm("logs", "followed", "--job", "evaluate").stdout
     assert box.ended(exporting) == "COMPLETED", (box.site / f"slurm-{exporting}.log").read_text()
     assert (box.site / "exported" / "model.safetensors").exists()
     assert (box.run_dir("followed") / "predictions.jsonl").exists()
@@ -188,7 +205,7 @@ def test_at_once_in_an_allocation(box: Box) -> None:
     assert "step 2/2" in done.stdout
     called = (box.site / "called").read_text().splitlines()
     assert len(called) == 3, "once to look at the configuration, and once a rank"
-    assert all(text.startswith(f"exec --nv --bind {box.site} /images/llm.sif ") for text in called)
+    assert all(text.startswith(f"exec --nv --bind {box.site}:{box.site},") for text in called)
 
 
 def test_what_is_wrong_with_a_start_is_said(box: Box) -> None:

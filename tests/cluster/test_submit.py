@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llm.cluster import Slurm, partition
 from llm.cluster import submit as submitting
 from llm.cluster.commands import combination, status, submit, where
-from llm.cluster.jobs import Submission, states, submissions
+from llm.cluster.jobs import NoAnswerError, Submission, newest, states, submissions
 from llm.cluster.partition import Nodes
 from llm.cluster.sweep import combinations
 from llm.command import compose
@@ -160,12 +160,17 @@ def test_the_copy_knows_its_commit(tmp_path: Path) -> None:
     git("add", ".")
     git("commit", "-m", "first")
     assert difference(tmp_path / "a") == ""
-    (tmp_path / "a/llm/x.py").write_text("2\n")
+    git("clone", ".", "../c")
+    (tmp_path / "a/llm/new.py").write_text("a line\n\n")
+    assert str(commit(tmp_path / "a")).endswith("-dirty"), "a new file is a difference, too"
+    (tmp_path / "a/llm/x.py").write_text("2\n\n")
     copy_code(tmp_path / "b", tmp_path / "a")
     assert commit(tmp_path / "b") == commit(tmp_path / "a")
-    assert str(commit(tmp_path / "b")).endswith("-dirty")
-    assert "+2" in difference(tmp_path / "a")
-    assert (tmp_path / "b/llm/x.py").read_text() == "2\n"
+    (tmp_path / "patch").write_text(difference(tmp_path / "a"))
+    subprocess.run(["git", "apply", "../patch"], cwd=tmp_path / "c", check=True)
+    for name in ("x.py", "new.py"):
+        wanted = (tmp_path / "a/llm" / name).read_text()
+        assert (tmp_path / "b/llm" / name).read_text() == (tmp_path / "c/llm" / name).read_text() == wanted
 
 
 @pytest.mark.parametrize(
@@ -176,13 +181,16 @@ def test_the_copy_knows_its_commit(tmp_path: Path) -> None:
         (["cluster=nowhere"], "cluster: nowhere"),
         (["cluster.tasks_per_node=null"], "each GPU is one rank's"),
         (["cluster.time=soon"], "cluster.time: 'soon' - must be DAYS-HH:MM:SS"),
-        (["cluster.time=1", "cluster.warning_s=60"], "cluster.warning_s: 60 - the whole time limit is 60 s"),
+        (["cluster.time=0:01:00", "cluster.warning_s=60"], "cluster.warning_s: 60 - the whole time limit is 60 s"),
+        (["cluster.time=43200"], "cluster.time: 43200 - is a number here, as YAML reads 1:30:00 without quotes"),
+        (["+cluster.options.partition=gpu"], "cluster.options.partition: 'gpu' - is set already - cluster.partition"),
         (["cluster.partition='a; rm -rf x'"], "cluster.partition: 'a; rm -rf x' - sbatch takes a word"),
         (["+cluster.options.nodes=3"], "cluster.options.nodes: 3 - is set already - cluster.nodes"),
         (["+cluster.options.constraint='a\"b'"], "cluster.options.constraint: 'a\"b' - sbatch takes a word"),
         (["run_name='a b'"], "run_name: 'a b' - names a folder and a job"),
         (["run_name='$(reboot)'"], "run_name: '$(reboot)' - names a folder and a job"),
         (["run_name='../up'"], "run_name: '../up' - names a folder and a job"),
+        (["run_name='a/../../up'"], "run_name: 'a/../../up' - names a folder and a job"),
         (["trainer.num_nodes=2"], "trainer.num_nodes: 2 - follows from cluster.nodes"),
         (["trainer.accelerator=gpu"], "trainer.accelerator: gpu - the job has no GPUs"),
         (["cluster.nodes=2"], "trainer.devices x trainer.num_nodes"),
@@ -249,19 +257,21 @@ def test_beyond_the_partition(asked: Slurm, told: list[str]) -> None:
 
 def test_sinfo_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = "cpu*|4|16+|(null)|1:00:00\ngpu|2|64|gpu:h100:8(S:0-1),nvme:1|infinite\ngpu|1|32|gpu:2|2-00:00:00\n"
+    rows += "odd|1|8|gpu:nvidia_h100-sxm5-80gb:8(S:0-1),gpu:a100_1g.5gb:4|infinite\n"
     monkeypatch.setattr(partition, "slurm", lambda *command: rows)
     assert partition.nodes() == [
         Nodes("cpu", True, 4, 16, {"": 0}, 60),
         Nodes("gpu", False, 2, 64, {"": 8, "h100": 8}, None),
         Nodes("gpu", False, 1, 32, {"": 2}, 2880),
+        Nodes("odd", False, 1, 8, {"": 12, "nvidia_h100-sxm5-80gb": 8, "a100_1g.5gb": 4}, None),
     ]
 
 
 @pytest.mark.parametrize(
     ("time", "minutes"),
-    [("90", 90), (90, 90), ("90:30", 90.5), ("1:30:00", 90), ("1-0", 1440), ("1-2:30", 1590), ("2-00:00:30", 2880.5)],
+    [("90", 90), ("90:30", 90.5), ("1:30:00", 90), ("1-0", 1440), ("1-2:30", 1590), ("2-00:00:30", 2880.5)],
 )
-def test_time_limits(time: str | int, minutes: float) -> None:
+def test_time_limits(time: str, minutes: float) -> None:
     """As sbatch(1) reads them."""
     assert Slurm(tasks_per_node=1, time=time, warning_s=0).minutes == pytest.approx(minutes)
 
@@ -301,6 +311,9 @@ def test_a_job_for_everything_else(site: Path) -> None:
         submitting.planned("evaluate", ["cluster=gpu"])
     with pytest.raises(ConfigError, match="export: missing - no such directory"):
         submitting.planned("export", ["cluster=cpu", "missing", "out"])
+    (site / "runs/there/checkpoints/step-00000002").mkdir(parents=True)
+    step = submitting.planned("evaluate", ["cluster=cpu", "runs/there/checkpoints/step-00000002"])
+    assert step.folder == Path("runs/there/jobs/evaluate"), "in a checkpoint it would be damage"
     with pytest.raises(ConfigError, match="no job was submitted for it"):
         submitting.planned("export", ["cluster=cpu", "missing", "out"], after=["nobody"])
 
@@ -351,3 +364,46 @@ def test_jobs_that_the_controller_has_forgotten(site: Path) -> None:
     ]
     sacct.write_text("#!/bin/bash\necho Slurm accounting storage is disabled >&2; exit 1\n")
     assert states("42") == []
+    (site / "tools/scontrol").write_text("#!/bin/bash\necho Unable to contact slurm controller >&2; exit 1\n")
+    with pytest.raises(NoAnswerError, match="Unable to contact"):
+        states("42")
+
+
+def test_what_sbatch_would_misread(tmp_path: Path, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spaces and percent signs of folders; options that a site has added to a template; a warning that is off."""
+    odd = site / "a folder 100% #1"
+    odd.mkdir()
+    monkeypatch.chdir(odd)
+    template = "#!/bin/bash\n#SBATCH --signal=USR1@300\n#SBATCH -A theirs\n#SBATCH --comment=x # why\ntrue\n"
+    job = submitting.Job("train", "n", Path("runs/n"), [], Slurm(tasks_per_node=1, time="5:00", warning_s=0))
+    rows = submitting.script(job, template).splitlines()
+    assert f'#SBATCH --chdir="{odd}"' in rows
+    assert f'#SBATCH --output="{str(odd).replace("%", "%%")}/runs/n/jobs/train/log.txt"' in rows
+    assert "#SBATCH -A theirs" in rows
+    assert "#SBATCH --comment=x # why" in rows
+    assert not [row for row in rows if "--signal" in row]
+
+
+def test_files_of_ones_own_are_frozen(site: Path) -> None:
+    """--config-dir names a folder that is edited while the job waits."""
+    (site / "own/cluster").mkdir(parents=True)
+    text = (CONF / "cluster/cpu.yaml").read_text().replace("cpus_per_task: 4", "cpus_per_task: 3")
+    (site / "own/cluster/mine.yaml").write_text(text)
+    submit(["--config-dir", "own", *TINY, "cluster=mine", "run_name=mine"])
+    folder = site / "runs/mine/jobs/train"
+    assert (folder / "config-dir/cluster/mine.yaml").read_text() == text
+    script = (site / "submitted").read_text()
+    assert arguments(script)[:2] == ["--config-dir", str(folder / "config-dir")]
+    assert directives(script)["cpus-per-task"] == "3"
+
+
+def test_the_newest_job_that_trains(tmp_path: Path) -> None:
+    """Is whose log is shown, and who is waited for, unless another kind is asked for."""
+    for number, kind in enumerate(("train", "evaluate")):
+        folder = tmp_path / "jobs" / kind
+        folder.mkdir(parents=True)
+        Submission(str(number), kind, "a", "runs/a", f"2026-01-0{number + 1}", None, [], None).write(folder)
+    assert newest(tmp_path)[1].job == "0"
+    assert newest(tmp_path, "evaluate")[1].job == "1"
+    with pytest.raises(ConfigError, match="has no such job - there is train, evaluate"):
+        newest(tmp_path, "export")

@@ -23,6 +23,7 @@ from tests.test_resume import rows
 
 STRATEGIES = {
     "ddp": (2, ["strategy=ddp"]),
+    "ddp x4": (4, ["strategy=ddp"]),  # the order of a sum of two makes no difference
     "fsdp": (2, ["strategy=fsdp"]),
     "fsdp bf16": (2, ["strategy=fsdp", "trainer.precision=bf16-mixed"]),
     "hsdp+tp": (4, ["strategy=fsdp", "strategy.replicate_size=2", "strategy.tensor_parallel_size=2"]),
@@ -55,6 +56,7 @@ def preempted(overrides: list[str]) -> tuple[str, int]:
     [
         ("ddp", "adamw"),
         ("ddp", "muon"),
+        ("ddp x4", "adamw"),
         ("fsdp", "adamw"),
         ("fsdp", "muon"),
         ("hsdp+tp", "adamw"),
