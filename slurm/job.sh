@@ -55,9 +55,9 @@ begin() {
 # What starts a command in the container of env.sh, if there is one: `inside` before the command, or `pyxis`, options of srun.
 open_container() {
   inside=() pyxis=()
-  local folders=("$PWD" "$(cd "$code" && pwd)" "${LLM_CACHE_DIR:-$HOME/.cache}") folder mounts=
-  folders+=(${LLM_SCRATCH:+"$LLM_SCRATCH"})
-  for folder in "${folders[@]}" ${LLM_CONTAINER_MOUNTS//,/ }; do mounts+="${mounts:+,}$folder:$folder"; done
+  local folders=("$PWD" "$(cd "$code" && pwd)" "${LLM_CACHE_DIR:-$HOME/.cache}") own folder mounts=
+  IFS=, read -ra own <<<"${LLM_CONTAINER_MOUNTS:-}"
+  for folder in "${folders[@]}" "${own[@]}" ${LLM_SCRATCH:+"$LLM_SCRATCH"}; do mounts+="${mounts:+,}$folder:$folder"; done
   case ${LLM_CONTAINER:-} in
     '') ;;
     *.sif) inside=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$LLM_CONTAINER") ;;

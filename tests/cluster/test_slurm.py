@@ -258,19 +258,17 @@ def test_gpus_become_ranks(box: Box) -> None:
     """The nodes' GPUs are /dev/null, so what can be looked at is how ranks are started."""
     script = box.site / "show.sbatch"
     text = (ROOT / "slurm" / "train.sbatch").read_text()
-    shown = (
-        "ranks sh -c 'echo \"rank $SLURM_PROCID on $(hostname) gpus=$CUDA_VISIBLE_DEVICES threads=$OMP_NUM_THREADS\"'"
-    )
-    script.write_text(text.replace('train "$@"', shown))
+    shown = "ranks sh -c 'echo \"rank $SLURM_PROCID on $(hostname) gpus=$CUDA_VISIBLE_DEVICES\"'"
+    script.write_text(text.replace('train "$@"', f"per_node=$(ranks_per_node)\n{shown}"))
     job = box.sbatch("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=4", str(script))
     assert box.ended(job) == "COMPLETED"
     log = (box.site / f"slurm-{job}.log").read_text()
-    wanted = [f"rank {rank} on n{1 + rank // 2} gpus=0,1 threads=4" for rank in range(4)]
+    wanted = [f"rank {rank} on n{1 + rank // 2} gpus=0,1" for rank in range(4)]
     assert sorted(text for text in log.splitlines() if text.startswith("rank ")) == wanted
     few = ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=2", "--ntasks-per-node=1", "slurm/train.sbatch")
     job = box.sbatch(*few, *TINY)
     assert box.ended(job) == "FAILED"
-    assert "a node has 2 GPUs" in (box.site / f"slurm-{job}.log").read_text()
+    assert "each of the node's 2 GPUs is one rank's" in (box.site / f"slurm-{job}.log").read_text()
 
 
 def test_scripts_are_clean() -> None:
