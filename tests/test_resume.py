@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import wandb
 from lightning.pytorch.callbacks import Callback
 
 from llm.checkpoint import newest
@@ -118,7 +119,18 @@ def test_preempted_with_loader_workers_equals_uninterrupted(compose_run: Compose
     assert rows(tmp_path / "whole") == rows(tmp_path / "run")
 
 
+class Crash(Callback):
+    """Before anything is saved."""
+
+    def on_train_batch_end(self, *arguments: object) -> None:
+        raise RuntimeError("crash")
+
+
 def test_wandb_sees_one_run(compose_run: Compose, tmp_path: Path) -> None:
+    """Of an attempt that saved nothing, one that did, and the last."""
+    with pytest.raises(RuntimeError, match="crash"):
+        run(compose_run("logger=default", "+callback.crash={_target_: tests.test_resume.Crash}", "packages=[tests]"))
+    wandb.finish()  # as the end of the process does
     with pytest.raises(PreemptedError):
         run(
             compose_run(
@@ -127,6 +139,7 @@ def test_wandb_sees_one_run(compose_run: Compose, tmp_path: Path) -> None:
         )
     run(compose_run("logger=default"))
     folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(folders) == 3
     assert len({name.rpartition("-")[2] for name in folders}) == 1
 
 

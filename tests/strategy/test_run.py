@@ -90,7 +90,9 @@ def test_only_rank_0_writes(places: list[str], tmp_path: Path) -> None:
     run_on_ranks(run_composed, 2, arguments)
     files = sorted(path.name for path in (tmp_path / "run").iterdir())
     files.remove(".lock")
-    everything = "checkpoints config.yaml exit.json ledger.jsonl loss.png metrics.csv metrics.jsonl samples.txt"
+    everything = (
+        "attempts.jsonl checkpoints config.yaml exit.json ledger.jsonl loss.png metrics.csv metrics.jsonl samples.txt"
+    )
     assert " ".join(files) == f"{everything} summary.json tensorboard tokenizer wandb"
     assert len(list((tmp_path / "run/wandb").glob("offline-run-*"))) == 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
