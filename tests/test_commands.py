@@ -40,6 +40,27 @@ def test_prepare_list_clean(settings: list[str], tmp_path: Path, capsys: pytest.
     assert caches(tmp_path / "cache") == []
 
 
+def test_stage(settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run reads is found in the copy, and what it does not read is not there."""
+    main(["prepare", *settings])
+    main(["prepare", *settings, "data.max_length=64"])  # other rows, of another run
+    wanted = {cache.path.name: cache.meta for cache in caches(tmp_path / "cache")}
+    main(["stage", str(tmp_path / "disk"), *settings])
+    staged = {cache.path.name: cache.meta for cache in caches(tmp_path / "disk")}
+    assert sorted(name.partition("-")[0] for name in staged) == ["rows", "rows", "tokenizer", "tokens"]
+    assert all(meta == wanted[name] for name, meta in staged.items())
+    monkeypatch.setattr("llm.data.cache._build", lambda *arguments: pytest.fail("made again"))
+    main(["prepare", *settings, f"data.cache_dir={tmp_path / 'disk'}"])
+
+
+def test_a_share_that_there_is_not(settings: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    for share, told in (("4/4", "share 4/4"), ("x", "give K/N")):
+        with pytest.raises(SystemExit) as refused:
+            main(["prepare", "--share", share, *settings])
+        assert refused.value.code == 64
+        assert told in capfd.readouterr().err
+
+
 def test_generate_continues_each_prompt(
     compose_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 from llm.callback.plot import plot_run
 from llm.callback.record import Record, Row
 from llm.callback.summary import _print as print_summary
 from llm.checkpoint import newest
+from llm.console import speak
 from llm.guard import DivergedError
 from llm.run import run
 from llm.signals import PreemptedError
@@ -236,6 +238,24 @@ def test_a_run_without_bits_per_byte_is_shown(tmp_path: Path, capsys: pytest.Cap
     assert "5.500" in printed
     assert "heavy: 3.500 nats per token" in printed
     assert "next sentence: 80.0% of 400 pairs right (95 %: 75.8% to 83.6%)" in printed
+
+
+class Broken(CSVLogger):
+    """As one whose server or helper has gone."""
+
+    def log_metrics(self, *arguments: object, **options: object) -> None:
+        raise ConnectionResetError("Connection lost")
+
+
+def test_a_logger_that_fails_does_not_end_the_run(
+    compose_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told nothing more, once, and the run's own record is whole."""
+    broken = f"+logger.broken={{_target_: tests.callback.test_callbacks.Broken, save_dir: {tmp_path / 'broken'}}}"
+    speak()
+    assert run(compose_run(broken, "packages=[tests]")).step == 6
+    assert capsys.readouterr().out.count("Broken: ConnectionResetError: Connection lost; it is told nothing more") == 1
+    assert [row["step"] for row in Record(tmp_path / "run").rows()][-1] == 6
 
 
 def test_wandb_mode_disabled_leaves_no_wandb_run(
