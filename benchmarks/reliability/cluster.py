@@ -143,6 +143,9 @@ def trials(box: Box) -> dict[str, Callable[[], dict[str, Any]]]:
     kept = "cluster.options.no-kill=true"
     return {
         "warned": lambda: interrupted(box, "warned", 20, lambda job: box.exec("scancel", "--signal=USR1", job)),
+        "warned, ranks and batch shell": lambda: interrupted(
+            box, "both", 2, lambda job: box.exec("scancel", "--signal=USR1", "--full", job)
+        ),
         "time limit": lambda: interrupted(box, "limit", 1, lambda job: None, *limit),
         "requeued": lambda: interrupted(box, "requeued", 2, lambda job: box.exec("scontrol", "requeue", job)),
         "preempted": lambda: interrupted(box, "preempted", 2, lambda job: preempted(box, job)),

@@ -54,8 +54,9 @@ def test_the_same_losses_as_one_process(box: Box, reference: Path) -> None:
 
 
 def test_a_run_survives_all_that_a_cluster_does(box: Box, pair: Path) -> None:
-    """Signals to steps, the batch shell and both, a requeue, a preemption, a restart of the controller, a cable pulled
-    for a moment, power loss: the same run to the bit, with one W&B run and no step missing or twice."""
+    """Signals to ranks and to the batch shell, a preemption, power loss, a restart of the controller, a cable pulled
+    for a moment: the same run to the bit, with one W&B run and no step missing or twice.
+    (benchmarks/reliability/cluster.py has more, and longer.)"""
     wandb = ["logger=default", "~logger.tensorboard"]
     job = box.submit(*cpu(2, 1), *TINY, *PACED, *wandb, DDP, "run_name=survivor")
     log = box.run_dir("survivor") / "jobs/train/log.txt"
@@ -71,8 +72,6 @@ def test_a_run_survives_all_that_a_cluster_does(box: Box, pair: Path) -> None:
     faults: dict[str, Callable[[], object]] = {
         "to the ranks": lambda: box.exec("scancel", "--signal=USR1", job),
         "to the batch shell": lambda: box.exec("scancel", "--signal=TERM", "--batch", job),
-        "to both": lambda: box.exec("scancel", "--signal=USR1", "--full", job),
-        "requeue": lambda: box.exec("scontrol", "requeue", job),
         "preemption": urgent,
         "power loss": power_loss,
     }
@@ -96,8 +95,8 @@ def test_a_run_survives_all_that_a_cluster_does(box: Box, pair: Path) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["restarts"] == len(faults)
     assert [row["restart"] for row in summary["interruptions"]] == list(range(len(faults)))
-    assert [row["code"] for row in summary["interruptions"]][:3] == [75, 75, 75]
-    assert summary["interruptions"][5]["code"] in (None, 76), "a node was lost"
+    assert [row["code"] for row in summary["interruptions"]][:2] == [75, 75]
+    assert summary["interruptions"][-1]["code"] in (None, 76), "a node was lost"
     ids = {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")}
     assert len(ids) == 1
     assert log.read_text().count("== job ") == len(faults) + 1, "one log, appended to"
@@ -130,16 +129,14 @@ def test_cancelled_and_gone_on_with_on_fewer_nodes(box: Box, pair: Path) -> None
 
 
 def test_a_sweep_with_a_failing_task(box: Box) -> None:
-    """Three array tasks, one of which cannot find its data; by the template and by submit."""
-    sweep = [*TINY, "trainer.max_steps=2", "data.path=text.jsonl,missing.jsonl"]
-    submitted = box.submit("--job", "sweep", *cpu(1, 1), *sweep)
-    job = box.sbatch("--array=0-0", "--ntasks-per-node=1", "slurm/sweep.sbatch", *sweep)
+    """Two array tasks, one of which cannot find its data."""
+    submitted = box.submit(
+        "--job", "sweep", *cpu(1, 1), *TINY, "trainer.max_steps=2", "data.path=text.jsonl,missing.jsonl"
+    )
     assert box.ended(submitted) == "COMPLETED,FAILED"
-    assert box.ended(job) == "COMPLETED"
     (folder,) = {path.parents[2] for path in box.site.glob("runs/*/jobs/sweep/submission.json")}
-    for runs in (folder, box.run_dir(job)):
-        assert json.loads((runs / "0" / "exit.json").read_text())["code"] == 0
-        assert not (runs / "1" / "checkpoints").exists()
+    assert json.loads((folder / "0" / "exit.json").read_text())["code"] == 0
+    assert not (folder / "1" / "checkpoints").exists()
     assert "missing.jsonl" in box.llm("logs", folder.name, "--task", "1").stdout
     shown = box.llm("status", folder.name).stdout
     assert "COMPLETED" in shown
@@ -147,7 +144,7 @@ def test_a_sweep_with_a_failing_task(box: Box) -> None:
 
 
 def test_tasks_of_an_array_are_queued_again(box: Box) -> None:
-    """Each for itself, the last of them too, whose id is that of the array."""
+    """By the template, each for itself, the last of them too, whose id is that of the array."""
     swept = [*TINY, *PACED, "trainer.max_steps=30", "optimizer.lr=1e-3,2e-3"]
     job = box.sbatch("--array=0-1", "--ntasks-per-node=1", "slurm/sweep.sbatch", *swept)
     for task in ("0", "1"):
