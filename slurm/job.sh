@@ -167,8 +167,9 @@ finish() {
   [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   case $result in
     "$SAVED" | "$LOST" | 138 | 140) ;; # 138, 140: SIGUSR1 and 2 came before Python could hear them
-    # Preempted, with time to go: SLURM sends SIGTERM to all processes, of which srun kills the ranks.
-    128 | 129 | 13? | 14?) [ "$ended" = 1 ] || exit "$result" ;;
+    # Preempted, with time to go: SLURM sends SIGTERM to all processes, of which srun kills the ranks. Or killed before the run
+    # began: of a node that is back at once SLURM ends what it had lost there, and with it the new ranks of the same job.
+    128 | 129 | 13? | 14?) [ "$ended" = 1 ] || [ "$began" = 0 ] || exit "$result" ;;
     *) exit "$result" ;;
   esac
   [ ! -e "$notes/cancelled" ] || exit "$result" # python -m llm cancel
