@@ -167,9 +167,10 @@ finish() {
   [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
   case $result in
     "$SAVED" | "$LOST" | 138 | 140) ;; # 138, 140: SIGUSR1 and 2 came before Python could hear them
-    # Preempted, with time to go: SLURM sends SIGTERM to all processes, of which srun kills the ranks. Or killed before the run
-    # began: of a node that is back at once SLURM ends what it had lost there, and with it the new ranks of the same job.
-    128 | 129 | 13? | 14?) [ "$ended" = 1 ] || [ "$began" = 0 ] || exit "$result" ;;
+    # None of a run's own, so somebody else has ended it. Preempted, with time to go: SLURM sends SIGTERM to all processes, of which
+    # srun kills the ranks. Before the run began: SLURM ends on a node that is back what it had lost there, or does not reach it
+    # yet. With --no-kill: srun kills the ranks that are left.
+    12[89] | 1[3-9]? | 2??) [ "$ended" = 1 ] || [ "$began" = 0 ] || lost_node || exit "$result" ;;
     *) exit "$result" ;;
   esac
   [ ! -e "$notes/cancelled" ] || exit "$result" # python -m llm cancel
@@ -183,6 +184,11 @@ finish() {
   echo "== queued again"
   patiently scontrol requeue "$id" || echo "== that was refused - sbatch the same command to go on" >&2
   exit "$result"
+}
+
+# Whether one of the job's nodes is gone.
+lost_node() {
+  [ -n "$(sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --states=down,fail,no_respond --format=%N 2>/dev/null)" ]
 }
 
 # Whether this job has ended before its run began too often: what it meets every time will not go away by itself. (Of attempts
