@@ -36,7 +36,7 @@ from llm.checkpoint import (
 from llm.config import ConfigError, check
 from llm.console import quiet, speak
 from llm.data import TextData
-from llm.exit import RunExistsError, as_rank, finished, guarded, recorded, write_end
+from llm.exit import RunExistsError, as_rank, finished, forget, guarded, record, recorded, write_end
 from llm.guard import DivergedError, RollBackError, Window
 from llm.launch import place
 from llm.lock import FOLDER, Lock
@@ -336,7 +336,12 @@ def _start(cfg: DictConfig, data: TextData, checkpoint: str | None, world_size: 
         _log.info("continuing from %s", checkpoint)
     elif cfg.init_from is not None:
         agree_with_weights(data, cfg.init_from)
-    attempts.begin(run_dir, at, world_size)
+    try:
+        attempts.begin(run_dir, at, world_size)
+    except attempts.NoProgressError as error:  # on record, as the other ranks leave with a code that asks for more
+        forget(run_dir)
+        record(run_dir, error.exit_code, str(error), 0 if world_size > 1 else None)
+        raise
     return None
 
 

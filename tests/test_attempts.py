@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from llm import attempts
 from llm.exit import LostPeerError, exit_code
+from llm.run import run
+from tests.runs import Compose
 
 
 @pytest.fixture
@@ -65,3 +68,13 @@ def test_a_line_that_was_cut_short(tmp_path: Path) -> None:
         file.write('{"at": "2026-01-0')
     attempts.begin(tmp_path, 3, 1)
     assert [row["step"] for row in attempts.rows(tmp_path)] == [0, 3]
+
+
+def test_the_end_of_a_run_that_comes_no_further_is_on_record(compose_run: Compose, tmp_path: Path, job: str) -> None:
+    """Other ranks leave with 76, and a batch script goes by what is written down."""
+    (tmp_path / "run").mkdir()
+    for _ in range(attempts.IN_A_ROW):
+        attempts.begin(tmp_path / "run", 0, 1)
+    with pytest.raises(attempts.NoProgressError):
+        run(compose_run())
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 70
