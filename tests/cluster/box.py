@@ -166,9 +166,12 @@ def ledger(run_dir: Path) -> list[tuple[Any, ...]]:
 
 
 def weights(run_dir: Path) -> dict[str, bytes]:
-    """Files of the last checkpoint that hold tensors."""
+    """Every tensor of the last checkpoint, the optimizer's too; which process wrote which may differ."""
+    from safetensors.numpy import load_file
+
     newest = max((run_dir / "checkpoints").glob("step-*"))
-    return {path.name: path.read_bytes() for path in sorted(newest.glob("tensors-*.safetensors"))}
+    files = sorted(newest.glob("tensors-*.safetensors"))
+    return {name: tensor.tobytes() for file in files for name, tensor in load_file(file).items()}
 
 
 def losses(run_dir: Path) -> list[float]:
