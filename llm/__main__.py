@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.cluster import commands as cluster
-from llm.command import CONF, Parser, compose
+from llm.command import CONF, Parser, beside, compose
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -217,14 +217,9 @@ def evaluate(arguments: Sequence[str]) -> None:
         settings=_settings_of_weights,
         run_programs=options.run_programs,
     )
-    out = options.out or _beside(Path(options.run)) / "predictions.jsonl"
+    out = options.out or beside(Path(options.run)) / "predictions.jsonl"
     found.write(out)
     print(f"{table(found)}\n{out}: every prediction; {out.with_suffix('.scores.json').name}: the scores")
-
-
-def _beside(run: Path) -> Path:
-    """Where to write what is found out about a run; a checkpoint holds nothing else than itself."""
-    return run.parents[1] if run.parent.name == "checkpoints" else run
 
 
 def import_weights(arguments: Sequence[str]) -> None:

@@ -35,3 +35,9 @@ def compose(overrides: Sequence[str], elsewhere: Callable[[DictConfig], bool] = 
     if cfg is None:
         raise ConfigError([f"{' '.join(overrides)}: is for train.py - give key=value overrides only"])
     return cfg
+
+
+def beside(run: Path) -> Path:
+    """Where to put what belongs to a run or to one of its checkpoints: a checkpoint with another file in it is taken
+    for a damaged one."""
+    return run.parents[1] if run.parent.name == "checkpoints" else run

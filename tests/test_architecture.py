@@ -28,7 +28,7 @@ FLOORS: dict[str, set[str]] = {
     "command": {"config"},
     "console": {"config", "launch"},
     "attempts": {"exit"},
-    "cluster": {"agree", "build", "code", "command", "config", "exit", "machine", "run"},
+    "cluster": {"agree", "attempts", "build", "code", "command", "config", "exit", "machine", "run"},
     "config": set(),
     "reduce": set(),
     "strategy": {"model", "checkpoint", "config", "exit", "launch", "lock", "reduce", "signals"},

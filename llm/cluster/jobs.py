@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llm import attempts
 from llm.config.mistake import ConfigError, did_you_mean, line, nearest
 from llm.exit import LOST
 
@@ -182,7 +183,7 @@ def progress(run_dir: Path, job: str) -> dict[str, Any]:
         if row.get("train/loss") is not None:
             found["loss"] = row["train/loss"]
     mine = False
-    for row in _rows(run_dir / "attempts.jsonl"):
+    for row in attempts.rows(run_dir):
         if row["event"] == "begin":
             found.setdefault("step", row["step"])
             mine = row["job"] == job

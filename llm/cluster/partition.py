@@ -28,6 +28,12 @@ def nodes() -> list[Nodes] | None:
     return None if told is None else [_parsed(row) for row in told.splitlines() if row.count("|") == 4]
 
 
+def refusals(asked: Slurm) -> list[str]:
+    """The problems with what there is now; none where nobody can tell."""
+    there = nodes()
+    return [] if there is None else problems(asked, there)
+
+
 def problems(asked: Slurm, there: list[Nodes]) -> list[str]:
     """One line for each thing that the partition has not."""
     partitions = {kind.partition for kind in there}

@@ -24,7 +24,7 @@ from llm.cluster import jobs, partition
 from llm.cluster.slurm import Slurm
 from llm.cluster.sweep import combinations
 from llm.code import ROOT, commit, copy_code, difference
-from llm.command import compose
+from llm.command import beside, compose
 from llm.config import ConfigError, made_run_id
 from llm.config.mistake import line
 from llm.exit import EXISTS
@@ -67,10 +67,6 @@ class Job:
     @property
     def folder(self) -> Path:
         return self.run_dir / jobs.FOLDER / self.kind
-
-    @property
-    def n_ranks(self) -> int:
-        return self.cluster.nodes * self.cluster.ranks_per_node
 
 
 def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None, after: Sequence[str] = ()) -> Job:
@@ -286,8 +282,7 @@ def _named(cfg: DictConfig, kind: Kind) -> _Name:
 
 def _disagreements(cfg: DictConfig, cluster: Slurm) -> list[str]:
     """What cannot be true of the run, and what the partition has not."""
-    there = partition.nodes()
-    mistakes = [] if there is None else partition.problems(cluster, there)
+    mistakes = partition.refusals(cluster)
     from llm.agree import agree
     from llm.build import built
     from llm.machine import precision
@@ -327,9 +322,7 @@ def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Job
     kept = [text for text in arguments if not _CLUSTER.match(text)]
     if not kept or kept[0].startswith("-"):
         raise ConfigError([line(kind, "", "of which run?", f"submit --job {kind} RUN …")])
-    run_dir = Path(kept[0])
-    if run_dir.parent.name == "checkpoints":  # a checkpoint holds nothing else: a job's folder would be damage
-        run_dir = run_dir.parents[1]
+    run_dir = beside(Path(kept[0]))
     if not run_dir.is_dir() and not after:
         raise ConfigError(
             [line(kind, kept[0], "no such directory", "--after RUN waits for one that has been submitted")]
@@ -339,8 +332,7 @@ def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Job
     if not _NAME.fullmatch(run_dir.name):
         raise ConfigError([line(kind, repr(run_dir.name), "names a job", "letters, digits and . _ - + only")])
     cluster = _sized(cluster_of(compose(asked, elsewhere=lambda cfg: True)), kind)
-    there = partition.nodes()
-    if mistakes := [] if there is None else partition.problems(cluster, there):
+    if mistakes := partition.refusals(cluster):
         raise ConfigError(mistakes)
     return Job(kind, f"{kind}-{run_dir.name}", run_dir, kept, cluster, None, after)
 
