@@ -22,7 +22,8 @@ from benchmarks.machine import import_path
 from benchmarks.material import SHARED, composed, save_steps, save_weights
 from benchmarks.measure import Bar, Row, Session
 from llm.build import built
-from llm.metric import model_flops_utilisation, peak_flops
+from llm.hardware import gpu_named
+from llm.metric import model_flops_utilisation
 from llm.model import Transformer, TransformerConfig
 
 MICRO_BATCHES = 60  # measured, of every contestant: of a round 20
@@ -202,11 +203,11 @@ class Trained:
     def row(self, outcome: Outcome, name: str, *, judged: bool = False, shown: str | None = None) -> Row:
         """Tokens per second, with utilisation and memory in the note; `shown` is the name it goes by."""
         speed = outcome.rate(name)
-        peak = peak_flops(ceilings(self.session)["device"])
+        gpu = gpu_named(ceilings(self.session)["device"])
         notes = [f"{self.n_micro} x {self.rows} x {self.length}"]
-        if peak is not None:
+        if gpu is not None:
             flops = self.network.flops_per_token(self.length)
-            notes.append(f"MFU {100 * model_flops_utilisation(speed.median, flops, peak):.1f} %")
+            notes.append(f"MFU {100 * model_flops_utilisation(speed.median, flops, gpu.peak_flops):.1f} %")
         memory = max(told.get("peak_bytes", 0.0) for told in outcome.rounds[name])
         if memory:
             notes.append(f"peak {memory / GIB:.1f} GiB")

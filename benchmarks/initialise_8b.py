@@ -32,7 +32,7 @@ from llm.model.config import config_from  # noqa: E402
 from llm.strategy import FSDP  # noqa: E402
 from llm.strategy.apply import apply  # noqa: E402
 from llm.strategy.materialise import materialise  # noqa: E402
-from tests.ranks import fake_ranks  # noqa: E402
+from llm.strategy.process_group import fake_ranks  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "initialise_8b.json"
 N_RANKS = 64

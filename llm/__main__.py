@@ -320,6 +320,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "average": average_weights,
     "audit": audit,
     "verify": verify,
+    "plan": cluster.plan,
     "submit": cluster.submit,
     "status": cluster.status,
     "logs": cluster.logs,

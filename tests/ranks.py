@@ -24,8 +24,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -77,26 +77,6 @@ def run_on_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout_s: float = 
     if not all(outcome.kind == "returned" for outcome in outcomes):
         raise RankError(_report(call, outcomes, printed, timeout_s))
     return [pickle.loads(outcome.result) for outcome in outcomes]
-
-
-@contextmanager
-def fake_ranks(world_size: int) -> Iterator[None]:
-    """Make this process rank 0 of a group of any size whose collectives return at once and move nothing.
-
-    For counting collectives and looking at shards. Numbers that a collective should have brought are wrong.
-    """
-    import torch.distributed as dist
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        raise RuntimeError(f"fake_ranks({world_size}): this process has a process group already - destroy that first")
-    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-        _clear_sharding_prop_cache()  # DTensor would take an equal mesh of the next group for this one's
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from llm.launch import Place, place
+from llm.strategy.process_group import fake_ranks
 from tests import ranks
-from tests.ranks import RankError, fake_ranks, run_on_ranks
+from tests.ranks import RankError, run_on_ranks
 
 ROOT = Path(__file__).parents[1]
 MARK = "TESTS_RANKS_MARK"

@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import Callback
 
 from llm.callback.loggers import tell
 from llm.callback.record import Record
-from llm.metric import model_flops_utilisation, peak_flops
+from llm.hardware import gpu_named
+from llm.metric import model_flops_utilisation
 from llm.objective import Objective
 
 
@@ -116,11 +117,11 @@ class Metrics(Callback):
             return {}
         tokens_per_s = n_tokens / self._interval_s
         device = objective.device
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        if peak is None:
+        gpu = gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if gpu is None:
             return {"speed/tokens_per_s": tokens_per_s}
         flops = objective.network.flops_per_token(*self._lengths, n_predicted / max(1.0, n_tokens))
-        mfu = model_flops_utilisation(tokens_per_s / trainer.world_size, flops, peak)
+        mfu = model_flops_utilisation(tokens_per_s / trainer.world_size, flops, gpu.peak_flops)
         return {"speed/tokens_per_s": tokens_per_s, "speed/mfu": mfu}
 
     def _write(self, trainer: L.Trainer, tokens: int, values: dict[str, float]) -> None:

@@ -1,7 +1,8 @@
-"""The commands of `python -m llm` that speak with SLURM, and those that its templates call."""
+"""The commands of `python -m llm` that plan, that speak with SLURM, and those that its templates call."""
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -9,6 +10,44 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.command import Parser, compose
+
+
+def plan(arguments: Sequence[str]) -> None:
+    """What a run will cost and whether it fits, before it is queued (docs/plan.md): plan cluster=gpu experiment=…"""
+    parser = Parser("python -m llm plan", description=plan.__doc__)
+    parser.add_argument("--json", action="store_true", help="all figures, for programs")
+    parser.add_argument("--search", action="store_true", help="the fastest settings that fit")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="as H100; without it cluster.gpu_type, or the GPU of this machine"
+    )
+    parser.add_argument("--network", choices=("infiniband", "ethernet"), default="infiniband", help="between nodes")
+    parser.add_argument("--mfu", type=float, help="share of its peak that one GPU alone reaches; 0.4 for 40 %%")
+    parser.add_argument("--tokens-per-s", type=float, metavar="N", help="that one device alone trains on, instead")
+    parser.add_argument("--disk", type=float, default=1.0, metavar="GB/S", help="at which checkpoints are written")
+    options, overrides = parser.parse_known_args(list(arguments))
+    for name, most in (("mfu", 1.0), ("tokens_per_s", None), ("disk", None)):
+        value = getattr(options, name)
+        if value is not None and not (value > 0 and (most is None or value <= most)):
+            parser.error(
+                f"--{name.replace('_', '-')} {value}: must be above 0{f' and at most {most:g}' if most else ''}"
+            )
+    from llm.cluster.remedy import examine, remedies, shortage
+    from llm.cluster.show import advice, table
+    from llm.cluster.subject import Stated
+
+    stated = Stated(options.gpu, options.network, options.mfu, options.tokens_per_s, options.disk * 1e9)
+    found = examine(overrides, stated)
+    mended = remedies(found, stated) if found.problems else []
+    if found.subject is not None and found.plan is not None:
+        found.problems.extend(shortage(found.subject, found.plan))
+    if options.json:
+        figures = None if found.plan is None else found.plan.as_json
+        print(json.dumps({"plan": figures, "problems": found.problems, "remedies": mended}, indent=1))
+    else:
+        print("" if found.plan is None else table(found.plan))
+        print(advice(found.problems, mended), end="", file=sys.stderr)
+    if found.problems:
+        sys.exit(64)
 
 
 def submit(arguments: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ _ROWS = ("out", "down")  # and of these the inputs, so their outputs are summed
 
 @dataclass(frozen=True)
 class Model:
-    """What the wire sees of a decoder or an encoder.
+    """What the wire sees of a network.
 
     Args:
         shapes: name of a parameter -> shape, in the model's order, a tied one once.
@@ -74,8 +74,12 @@ class Layout:
         tensor_size: processes that share each matrix product and the same data (fsdp).
         reshard_after_forward: blocks are gathered again for their backward (fsdp).
         n_micro_batches: forwards and backwards a step; gradients travel in the last.
-        micro_batch_tokens: tokens of each, on one process.
+        micro_batch_tokens: tokens of each, on one process; of an encoder-decoder those of its decoder.
         weight_bytes: of an element that is gathered, and of an activation: 4, or 2 in bf16-true.
+        source_tokens: those of an encoder-decoder's encoder.
+        scored_tokens: those whose scores over the vocabulary are computed; None: all, of an encoder-decoder the
+            decoder's.
+        mixed: what products give is of 2 bytes where weights are of 4 (bf16-mixed).
     """
 
     strategy: Literal["single", "ddp", "fsdp"]
@@ -86,6 +90,9 @@ class Layout:
     n_micro_batches: int = 1
     micro_batch_tokens: int = 0
     weight_bytes: int = 2
+    source_tokens: int = 0
+    scored_tokens: int | None = None
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for a mesh that the processes do not fill."""
@@ -112,7 +119,12 @@ class Layout:
     @property
     def tokens(self) -> int:
         """Of one step, over all processes."""
-        return self.n_data * self.n_micro_batches * self.micro_batch_tokens
+        return self.n_data * self.n_micro_batches * (self.micro_batch_tokens + self.source_tokens)
+
+    @property
+    def scored(self) -> int:
+        """Tokens of a micro-batch whose scores are computed."""
+        return self.micro_batch_tokens if self.scored_tokens is None else self.scored_tokens
 
     def group(self, axis: Axis) -> tuple[int, int]:
         """How many processes talk along an axis, and how far apart neighbours among them are."""
@@ -153,26 +165,27 @@ class Stage:
 def stages(model: Model, layout: Layout, recompute: bool = False) -> Iterator[Stage]:
     """One step. A forward is a third of the FLOPs, with recomputation (checkpointing=full) a quarter.
 
-    Of a model's FLOPs the head has 6 · dim · vocabulary a token, and the blocks the rest, by their parameters.
+    Of a model's FLOPs the head has 6 · dim · vocabulary a scored token, and the blocks the rest, by their parameters
+    and the tokens that these meet.
     """
     forward = 1 / 4 if recompute else 1 / 3
-    head = 6 * model.dim * model.vocab_size / model.flops_per_token
+    flops = model.flops_per_token * (layout.micro_batch_tokens + layout.source_tokens)
+    head = 6 * model.dim * model.vocab_size * layout.scored / flops if flops else 0.0
     blocks, around = model.blocks, _gather(layout, model.around)
-    sizes = [sum(map(math.prod, block.values())) for block in blocks]
-    shares = [(1 - head) * size / sum(sizes) for size in sizes]
+    work = [sum(map(math.prod, block.values())) * _tokens(layout, block) for block in blocks]
+    shares = [(1 - head) * amount / (sum(work) or 1) for amount in work]
     gathers = [_gather(layout, block) for block in blocks]
     again = gathers if layout.reshard_after_forward else [()] * len(blocks)
-    sums = [_summed(model, layout, block) for block in blocks]
-    ends = _hidden(model, layout, 1)
+    embedded = (*_summed(model, layout, layout.micro_batch_tokens), *_summed(model, layout, layout.source_tokens))
     for number in range(1, layout.n_micro_batches + 1):
         last = number == layout.n_micro_batches
         sent = list(_sent(model, layout)) if last else [()] * (len(blocks) + 1)
-        yield Stage(0, before=around, during=ends)
-        for share, gather, summed in zip(shares, gathers, sums, strict=True):
-            yield Stage(forward * share, before=gather, during=summed)
-        yield Stage(head, during=(*_logits(model, layout), *ends))
+        yield Stage(0, before=around, during=embedded)
+        for share, gather, block in zip(shares, gathers, blocks, strict=True):
+            yield Stage(forward * share, before=gather, during=_forward_sums(model, layout, block))
+        yield Stage(head, during=(*_logits(model, layout), *_summed(model, layout, layout.scored)))
         for n, after in zip(reversed(range(len(blocks))), sent[:-1], strict=True):
-            during = (*sums[n], *_norm_gradients(layout, blocks[n])) if last else sums[n]
+            during = (*_backward_sums(model, layout, blocks[n]), *(_norm_gradients(layout, blocks[n]) if last else ()))
             yield Stage((1 - forward) * shares[n], before=again[n], during=during, after=after)
         yield Stage(0, after=sent[-1])
 
@@ -199,6 +212,8 @@ def _padded(n: int, multiple: int) -> int:
 def _local(name: str, shape: Shape, tensor_size: int) -> Shape:
     """The part of a parameter that a tensor rank holds: llm/strategy/tensor_parallel.py in one table."""
     module, _, kind = name.rpartition(".")
+    if module.endswith("relative.table"):  # a column is a head
+        return (shape[0], math.ceil(shape[1] / tensor_size))
     module = module.rpartition(".")[2]
     if module in _COLUMNS:
         return (math.ceil(shape[0] / tensor_size), *shape[1:])
@@ -234,24 +249,46 @@ def _sent(model: Model, layout: Layout) -> Iterator[tuple[Transfer, ...]]:
             yield scattered
 
 
-def _hidden(model: Model, layout: Layout, n: int) -> tuple[Transfer, ...]:
-    """Sums over the tensor axis of n activations [tokens, dim], all of which are waited for."""
-    if layout.tensor_size == 1:
+def _tokens(layout: Layout, block: Iterable[str]) -> int:
+    """That a block sees."""
+    return layout.source_tokens if layout.source_tokens and _side(block) == "encoder" else layout.micro_batch_tokens
+
+
+def _side(block: Iterable[str]) -> str:
+    return next(iter(block)).partition(".")[0]
+
+
+def _summed(model: Model, layout: Layout, n_tokens: int, *, product: bool = False) -> tuple[Transfer, ...]:
+    """A sum over the tensor axis of an activation [tokens, dim], or of its gradient, which is waited for; in 16 bits
+    if a `product` has made it."""
+    if layout.tensor_size == 1 or n_tokens == 0:
         return ()
-    n_bytes = layout.weight_bytes * layout.micro_batch_tokens * model.dim
-    return (Transfer("all_reduce", n * n_bytes, "tensor", n),)
+    width = 2 if product and layout.mixed else layout.weight_bytes
+    return (Transfer("all_reduce", width * n_tokens * model.dim, "tensor"),)
 
 
-def _summed(model: Model, layout: Layout, block: Mapping[str, Shape]) -> tuple[Transfer, ...]:
-    """One sum behind each product whose inputs are split; in the backward one before each whose outputs are."""
-    return _hidden(model, layout, sum(name.endswith(("out.weight", "down.weight")) for name in block))
+def _forward_sums(model: Model, layout: Layout, block: Mapping[str, Shape]) -> tuple[Transfer, ...]:
+    """One sum behind each product whose inputs are split."""
+    return _n_split(block) * _summed(model, layout, _tokens(layout, block), product=True)
+
+
+def _backward_sums(model: Model, layout: Layout, block: Mapping[str, Shape]) -> tuple[Transfer, ...]:
+    """One sum of the gradient before each layer whose products' outputs are split; of the memory that a decoder's block
+    looks at, too."""
+    looks = any(".cross_attention." in name for name in block)
+    memory = _summed(model, layout, layout.source_tokens) if looks else ()
+    return (*_n_split(block) * _summed(model, layout, _tokens(layout, block)), *memory)
+
+
+def _n_split(block: Iterable[str]) -> int:
+    return sum(name.endswith(("out.weight", "down.weight")) for name in block)
 
 
 def _logits(model: Model, layout: Layout) -> tuple[Transfer, ...]:
-    if layout.tensor_size == 1:
+    if layout.tensor_size == 1 or layout.scored == 0:
         return ()
-    width = _padded(model.vocab_size, layout.tensor_size)
-    return (Transfer("all_gather", layout.weight_bytes * layout.micro_batch_tokens * width, "tensor"),)
+    n_bytes = (2 if layout.mixed else layout.weight_bytes) * layout.scored
+    return (Transfer("all_gather", n_bytes * _padded(model.vocab_size, layout.tensor_size), "tensor"),)
 
 
 def _norm_gradients(layout: Layout, block: Mapping[str, Shape]) -> tuple[Transfer, ...]:

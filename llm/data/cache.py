@@ -30,6 +30,24 @@ class OvertakenError(Exception):
     """Raised by the builder of a folder that finds it made by another process in the meantime: that one is taken."""
 
 
+class MissingError(Exception):
+    """Raised in `only_found` for a folder that has not been made."""
+
+
+_make = True  # what is not there; see `only_found`
+
+
+@contextmanager
+def only_found() -> Iterator[None]:
+    """Inside, `cached` makes nothing: what is not there is a MissingError."""
+    global _make
+    before, _make = _make, False
+    try:
+        yield
+    finally:
+        _make = before
+
+
 @dataclass(frozen=True)
 class Cache:
     """One finished folder: its path, what it says about itself, and its size in bytes."""
@@ -59,6 +77,8 @@ def cached(root: Path, kind: str, key: str, build: Callable[[Path], dict[str, An
         found = _intact(final)
         if found is not None:
             return found
+        if not _make:
+            raise MissingError(str(final))
         root.mkdir(parents=True, exist_ok=True)
         with _locked(final):
             found = _intact(final)

@@ -5,7 +5,7 @@ from llm.metric.compression import bits_per_byte, gzip_bits_per_byte, perplexiti
 from llm.metric.interval import wilson_interval
 from llm.metric.score import Score, bootstrapped, mean
 from llm.metric.text import METRICS
-from llm.metric.utilisation import model_flops_utilisation, peak_flops
+from llm.metric.utilisation import model_flops_utilisation
 
 __all__ = [
     "METRICS",
@@ -16,7 +16,6 @@ __all__ = [
     "gzip_bits_per_byte",
     "mean",
     "model_flops_utilisation",
-    "peak_flops",
     "perplexities",
     "unigram_bits_per_byte",
     "unigram_nats",

@@ -19,7 +19,7 @@ Way = Literal["dense", "runs", "blocks"]
 _BLOCK = 128  # places in a tile of flex_attention
 # Shorter rows are done sooner as a whole. Forward and backward on one core, 4 heads of 64: eight rows of 256 with
 # documents of 100 tokens took 38 ms dense and 51 ms by run, four of 1,024 with documents of 200 took 321 and 122 ms.
-_LONG = 512
+LONG = 512
 
 
 class Runs(NamedTuple):
@@ -128,7 +128,7 @@ def _by_run(queries: Tensor, keys: Tensor, *, causal: bool) -> Mask | None:
     found, other = _runs(queries), _runs(keys)
     if all(len(row) == 1 and row == opposite for row, opposite in zip(_names(found), _names(other), strict=True)):
         return Mask(None, causal=causal)
-    if max(queries.shape[1], keys.shape[1]) < _LONG:
+    if max(queries.shape[1], keys.shape[1]) < LONG:
         return None
     seen = [
         [opposite.index(name) if name in opposite else None for name in row]

@@ -159,12 +159,15 @@ class Transformer(nn.Module):
         """Weights and biases, a tied embedding counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def matmul_flops(self, batch: int, length: int, target_length: int = 0) -> int:
-        """FLOPs of all matrix products in one forward, logits of every token included; backward does twice as many.
+    def matmul_flops(
+        self, batch: int, length: int, target_length: int = 0, scored: int | None = None, pairs: int = 0
+    ) -> int:
+        """FLOPs of all matrix products in one forward; backward does twice as many.
 
         A multiply-add counts 2, and attention is counted in full: what is masked is computed (equal to
         torch.utils.flop_counter.FlopCounterMode under sdpa_kernel(MATH)). For what the hardware was asked to do.
-        An encoder-decoder reads `length` tokens and writes `target_length`.
+        An encoder-decoder reads `length` tokens and writes `target_length`. Scores of the vocabulary, or of labels, are
+        computed of `scored` positions of the batch, None: of all tokens; those of model.next_sentence of `pairs`.
         """
         c = self.config
         source, target = (length, target_length) if c.family == "encoder_decoder" else (length, length)
@@ -176,9 +179,14 @@ class Transformer(nn.Module):
         if c.family == "encoder_decoder":
             on_target, on_source = 2 * c.dim * width, 2 * c.dim * c.head_width * c.kv_heads
             decoder += c.decoder_layers * (target * (2 * source * width + on_target) + source * on_source)
-        transform = 0 if self.transform is None else c.dim**2
-        head = 0 if self.head is None else target * (c.dim * self.embed.num_embeddings + transform)
-        return 2 * batch * (encoder + decoder + head)
+        scores = sum(m.weight.numel() for m in (self.classifier, self.transform and self.transform.dense) if m)
+        scores += 0 if self.head is None else c.dim * self.embed.num_embeddings
+        pooled = 0 if self.pooler is None else c.dim**2
+        if self.classifier is not None:
+            scores, pooled = scores + pooled, 0
+        pooled += 0 if self.next_sentence is None else 2 * c.dim
+        scored = batch * target if scored is None else scored
+        return 2 * (batch * (encoder + decoder) + scored * scores + pairs * pooled)
 
     def flops_per_token(self, length: int, target_length: int = 0, scored: float = 1.0) -> float:
         """6N + 12·L·H·K·T, forward and backward, the convention of MFU (Chowdhery et al. 2022, arXiv:2204.02311, B).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -106,6 +107,16 @@ def plan(matrices: Sequence[Tensor]) -> list[_Round]:
         )
         for round_ in rounds.values()
     ]
+
+
+def traffic(matrices: Sequence[Tensor]) -> Counter[str]:
+    """Bytes of a step by kind of collective, as `Owned.traffic` counts them; the matrices may be on the meta device."""
+    counted: Counter[str] = Counter()
+    if world_size() > 1:
+        for _, owned in plan(matrices):
+            kind, n_bytes = owned.traffic()
+            counted[kind] += n_bytes
+    return counted
 
 
 def n_multiplications(shape: Sequence[int]) -> int:

@@ -77,6 +77,17 @@ class Owned:
         self._get = [[(i, parts[i][here].shape) for i in every if owners[i] == k] for k in everybody]
         self._whole_everywhere = all(n_copies(tensor) == len(everybody) for tensor in tensors)
 
+    def traffic(self) -> tuple[str, int]:
+        """What `collect` and `spread` take: the kind of collective, and bytes, of an all-gather those of the whole, of
+        an all-to-all those that leave this process."""
+        width = self._dtype.itemsize
+        received = [sum(math.prod(shape) for _, shape in group) for group in self._get]
+        if self._whole_everywhere:
+            return "all_gather", width * len(received) * max(received)
+        given = [sum(math.prod(self._given_shapes[at]) for at in group) for group in self._give]
+        back = [sum(math.prod(part.shape) for _, part in group) for group in self._return]
+        return "all_to_all", width * (sum(given) + sum(back) - given[rank()] - back[rank()])
+
     def collect(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """This process's part of each tensor in `given` -> each tensor in `mine`, whole."""
         if self._whole_everywhere:
@@ -129,7 +140,7 @@ def _parts(tensor: Tensor, known: dict[object, list[_Part]]) -> list[_Part]:
     if key in known:
         return known[key]
     by_process: dict[int, _Part] = {}
-    for process, at in zip(mesh.mesh.flatten().tolist(), itertools.product(*map(range, mesh.shape)), strict=True):
+    for process, at in enumerate(itertools.product(*map(range, mesh.shape))):  # as init_device_mesh lays them out
         box = [range(size) for size in tensor.shape]
         # The last axis first: fully_shard splits what tensor parallelism has made.
         for size, placement, place in reversed(list(zip(mesh.shape, placements, at, strict=True))):

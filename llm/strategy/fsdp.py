@@ -110,19 +110,23 @@ class FSDP(Hooked, Attentive, Stored, ModelParallelStrategy):
         Strategy.setup_environment(self)
         self.set_world_ranks()
         join_process_group(place(), self.root_device, self.timeout_s)
-        unit = self.replicate_size * self.tensor_parallel_size
-        shape = (self.replicate_size, self.world_size // unit, self.tensor_parallel_size)
-        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=_AXES)
+        self.lay_out(self.root_device.type, self.world_size, str(self.precision_plugin.precision))
         data_group = self._data_group()
         for group in [*self.device_mesh.get_all_groups(), *([data_group] if data_group else [])]:
             set_timeout(group, self.timeout_s)  # a mesh makes its groups with torch's half hour
         reduce.use(data_group)
-        if self.precision_plugin.precision == "bf16-true":
-            # fully_shard's own: Lightning's would cast the weights themselves.
+        if self._policy.param_dtype is not None:
+            self.precision_plugin = Precision()  # Lightning's would cast the weights themselves
+
+    def lay_out(self, device_type: str, world_size: int, precision: str) -> None:
+        """Arrange the processes of the default group, and say in what blocks compute."""
+        unit = self.replicate_size * self.tensor_parallel_size
+        shape = (self.replicate_size, world_size // unit, self.tensor_parallel_size)
+        self._device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=_AXES)
+        if precision == "bf16-true":
             self._policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-            self.precision_plugin = Precision()
 
     def _data_group(self) -> dist.ProcessGroup | None:
         """The processes that read different data, this one among them; None for all."""
@@ -153,21 +157,26 @@ class FSDP(Hooked, Attentive, Stored, ModelParallelStrategy):
         dtype = self._policy.param_dtype or dtype_of(trainer.precision)
         n_data, n_shares = self.n_data_processes(self.world_size), self.tensor_parallel_size
         self.choose_attention(trainer, network, dtype, n_data, n_shares, compiled=compile != "none")
-        tensor_mesh = self.device_mesh["tensor"] if self.tensor_parallel_size > 1 else None
-        apply(
-            network,
-            tensor_mesh=tensor_mesh,
-            float8=self.float8,
-            checkpointing=self.checkpointing,
-            compile=compile,
-            shard=partial(self._shard, mesh=self._data_mesh()),
-            vocabulary_multiple=vocabulary_multiple(self.root_device),
-        )
-        if tensor_mesh is None:  # else the scores are gathered in between
+        self.place(network, compile, vocabulary_multiple(self.root_device))
+        if n_shares == 1:  # else the scores are gathered in between
             quicken_loss(self.lightning_module, self.root_device, compiled=compile != "none")
         materialise(network, self.root_device)
         super().setup(trainer)
         seed_dropout(self.distributed_sampler_kwargs["rank"])
+
+    def place(
+        self, network: Transformer, compile: Literal["none", "blocks", "whole"], vocabulary_multiple: int
+    ) -> None:
+        """Change, compile and spread a network on the meta device, once the processes are laid out."""
+        apply(
+            network,
+            tensor_mesh=self.device_mesh["tensor"] if self.tensor_parallel_size > 1 else None,
+            float8=self.float8,
+            checkpointing=self.checkpointing,
+            compile=compile,
+            shard=partial(self._shard, mesh=self._data_mesh()),
+            vocabulary_multiple=vocabulary_multiple,
+        )
 
     def _data_mesh(self) -> DeviceMesh:
         """One axis shards; with a second before it, each row of the mesh is a replica."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -60,3 +63,24 @@ def seed_dropout(data_rank: int) -> None:
 def set_timeout(group: dist.ProcessGroup, timeout_s: float) -> None:
     """Change when a collective over `group` that some rank does not join becomes an error."""
     dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_s), group)
+
+
+@contextmanager
+def fake_ranks(world_size: int) -> Iterator[None]:
+    """Make this process rank 0 of a group of any size whose collectives return at once and move nothing.
+
+    For counting collectives and looking at shards. Numbers that a collective should have brought are wrong.
+    """
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError(f"fake_ranks({world_size}): this process has a process group already - destroy that first")
+    excepthook = sys.excepthook  # torch puts "[rank0]:" before what the last one prints, once more for each group
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        sys.excepthook = excepthook
+        _clear_sharding_prop_cache()  # DTensor would take an equal mesh of the next group for this one's

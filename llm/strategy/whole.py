@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import lightning as L
 
-from llm.model import TransformerConfig
+from llm.model import Transformer, TransformerConfig
 from llm.strategy import attention, float8
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply, network_of, vocabulary_multiple
@@ -26,14 +28,20 @@ class Whole(Attentive):
         compile = resolve(self.compile, network, self.root_device)
         compiled = compile != "none"
         self.choose_attention(trainer, network, dtype_of(trainer.precision), n_data_processes, compiled=compiled)
+        self.place(network, compile, vocabulary_multiple(self.root_device))
+        quicken_loss(self.lightning_module, self.root_device, compiled=compiled)
+
+    def place(
+        self, network: Transformer, compile: Literal["none", "blocks", "whole"], vocabulary_multiple: int
+    ) -> None:
+        """Change and compile a network."""
         apply(
             network,
             float8=self.float8,
             checkpointing=self.checkpointing,
             compile=compile,
-            vocabulary_multiple=vocabulary_multiple(self.root_device),
+            vocabulary_multiple=vocabulary_multiple,
         )
-        quicken_loss(self.lightning_module, self.root_device, compiled=compiled)
 
     def problems(
         self, model: TransformerConfig, world_size: int, accelerator: str, precision: str, documents: bool

@@ -32,7 +32,7 @@ from llm.cluster import (
 from llm.cluster.traffic import Kind, held
 from llm.model import Transformer, TransformerConfig
 from llm.strategy import FSDP
-from tests.ranks import fake_ranks
+from llm.strategy.process_group import fake_ranks
 from tests.strategy.test_wire import BF16, CONFIG, Wire, network_on_mesh, step
 
 KINDS = {

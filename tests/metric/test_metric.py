@@ -11,7 +11,6 @@ from llm.metric import (
     bits_per_byte,
     gzip_bits_per_byte,
     model_flops_utilisation,
-    peak_flops,
     unigram_bits_per_byte,
 )
 
@@ -38,18 +37,6 @@ def test_gzip_is_taken_text_by_text() -> None:
     expected = 8 * sum(len(gzip.compress(r, 9)) for r in raw) / sum(map(len, raw))
     assert gzip_bits_per_byte(texts) == pytest.approx(expected)
     assert math.isnan(gzip_bits_per_byte([]))
-
-
-def test_peaks_are_dense_and_by_device_name() -> None:
-    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA GB200") == 2500e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("NVIDIA L40S") == 362e12
-    assert peak_flops("NVIDIA L4") == 121e12
-    assert peak_flops("NVIDIA L40") is None  # not the L4
-    assert peak_flops("NVIDIA RTX A4000") is None  # not the A40
-    assert peak_flops("some CPU") is None
 
 
 def test_utilisation_of_llm_c_on_gpt2() -> None:

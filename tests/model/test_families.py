@@ -99,7 +99,7 @@ def logits(model, **batch):
 @pytest.mark.parametrize("name", SHAPES)
 def test_packed_equals_unpacked(build, name, way, monkeypatch):
     """Logits and gradients."""
-    monkeypatch.setattr(mask_module, "_LONG", 0)
+    monkeypatch.setattr(mask_module, "LONG", 0)
     model = build(**SHAPES[name])
     model.mask_way = way
     batch = packed_batch(model.config.family)
@@ -127,7 +127,7 @@ def test_packed_equals_unpacked(build, name, way, monkeypatch):
 @pytest.mark.parametrize("name", SHAPES)
 def test_nothing_leaks_between_documents(build, name, way, monkeypatch):
     """Changing a document, its source or the padding leaves the others' logits bit-equal."""
-    monkeypatch.setattr(mask_module, "_LONG", 0)
+    monkeypatch.setattr(mask_module, "LONG", 0)
     model = build(**SHAPES[name])
     model.mask_way = way
     batch = packed_batch(model.config.family)

@@ -16,7 +16,7 @@ from llm.strategy import FSDP
 from llm.strategy.activation_checkpointing import Checkpointing
 from llm.strategy.apply import apply
 from llm.strategy.materialise import materialise
-from tests.ranks import fake_ranks
+from llm.strategy.process_group import fake_ranks
 from tests.strategy.living import Living
 
 LLAMA = TransformerConfig(dim=64, n_layers=1, n_heads=8, n_kv_heads=2, ffn_dim=224, max_length=64, vocab_size=51)

@@ -19,7 +19,8 @@ from llm.optimizer.groups import hidden_matrices
 from llm.optimizer.muon import plan
 from llm.reduce import world_size
 from llm.strategy import FSDP
-from tests.ranks import fake_ranks, run_on_ranks
+from llm.strategy.process_group import fake_ranks
+from tests.ranks import run_on_ranks
 from tests.strategy.test_wire import Wire, network_on_mesh, place_network
 
 # Squares, wide and tall matrices; four layers: of each shape a multiple of eight.

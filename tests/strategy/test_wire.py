@@ -13,7 +13,6 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,15 +25,14 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm.model import Transformer, TransformerConfig
 from llm.strategy import FSDP
-from llm.strategy.apply import apply
 from llm.strategy.materialise import materialise
-from tests.ranks import fake_ranks, run_on_ranks
+from llm.strategy.process_group import fake_ranks
+from tests.ranks import run_on_ranks
 from tests.runs import run_composed
 
 CONFIG = TransformerConfig(dim=32, n_layers=3, n_heads=2, max_length=16, vocab_size=51, qk_norm=True)
@@ -83,14 +81,11 @@ def network_on_mesh(strategy: FSDP, world_size: int, config: TransformerConfig =
 
 def place_network(strategy: FSDP, world_size: int, config: TransformerConfig) -> Transformer:
     """A network as the strategy places it, among the processes of the default group."""
-    n_tensor = strategy.tensor_parallel_size
-    shape = (strategy.replicate_size, world_size // strategy.replicate_size // n_tensor, n_tensor)
-    strategy._device_mesh = mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard", "tensor"))
+    strategy.lay_out("cpu", world_size, "bf16-true" if strategy._policy.param_dtype else "32-true")
     with torch.device("meta"):
         network = Transformer(config)
     strategy._lightning_module = SimpleNamespace(network=network)  # type: ignore[assignment]
-    shard = partial(strategy._shard, mesh=strategy._data_mesh())
-    apply(network, tensor_mesh=mesh["tensor"] if n_tensor > 1 else None, shard=shard)
+    strategy.place(network, "none", vocabulary_multiple=1)
     materialise(network, torch.device("cpu"))
     return network
 

@@ -1,0 +1,86 @@
+"""A plan as a table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from llm.cluster.plan import Plan
+from llm.cluster.trace import KINDS
+
+_GIB = 2.0**30
+_NAMES = {"gathered": "gathered and cast weights"}
+
+
+def table(plan: Plan) -> str:
+    """Some ten lines, a title before each."""
+    rows = list(_rows(plan))
+    width = max(len(title) for title, _ in rows)
+    return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
+
+
+def advice(problems: Sequence[str], remedies: Sequence[Sequence[str]]) -> str:
+    """What is wrong, and what helps."""
+    lines = [*problems, *(f"  passes with {' '.join(changes)}" for changes in remedies)]
+    return "".join(f"{text}\n" for text in lines)
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    step, made = plan.step, plan.checkpoint
+    trained = f", {plan.model['trained']:,} of them trained" if "trained" in plan.model else ""
+    yield "model", f"{plan.model['parameters']:,} parameters{trained}, {plan.model['family']}"
+    shared = "" if step["processes"] == step["with_data_of_their_own"] else f" ({step['with_data_of_their_own']} data)"
+    yield (
+        "step",
+        f"{step['positions']:,} positions in {step['rows']:,} rows: {step['processes']:,} processes{shared} x "
+        f"{step['micro_batches']} micro-batches of {step['micro_batch_rows']} rows",
+    )
+    yield "FLOPs", f"{step['matmul_flops']:.4g} a step in matrix products, {step['model_flops']:.4g} as MFU counts"
+    yield "", f"({step['convention']})"
+    yield from _memory(plan)
+    yield "wire", _wire(plan)
+    yield from _time(plan)
+    size = f"{made['bytes'] / 1e9:.3g} GB, {made['save_s']:.2g} s to save"
+    kept = f"; {made['saves']} saves, {made['kept']} kept: {made['disk_bytes'] / 1e9:.3g} GB" if "saves" in made else ""
+    yield "checkpoint", size + kept
+    yield "data", _data(plan)
+
+
+def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
+    memory = plan.memory
+    of = f" of {memory['usable'] / _GIB:.1f} GiB that it may have" if memory["usable"] is not None else ""
+    yield "memory", f"{memory['peak'] / _GIB:.3g} GiB a process at the worst ({memory['at']}){of}"
+    parts = (f"{_NAMES.get(kind, kind)} {memory[kind] / _GIB:.3g}" for kind in KINDS if memory[kind])
+    yield "", ", ".join(parts)
+
+
+def _wire(plan: Plan) -> str:
+    if not plan.wire:
+        return "nothing"
+    return ", ".join(f"{kind.replace('_', '-')} {n / 1e6:,.4g} MB" for kind, n in sorted(plan.wire.items())) + " a step"
+
+
+def _time(plan: Plan) -> Iterator[tuple[str, str]]:
+    time = plan.time
+    steps = "unknown number of" if time["steps"] is None else f"{time['steps']:,}"
+    if "step_s" not in time:
+        yield (
+            "time",
+            f"{steps} steps; for how long, say --gpu NAME, or --tokens-per-s N of one device",
+        )
+        return
+    speed = f"{time['step_s']:.3g} s a step, {time['tokens_per_s']:,.0f} tokens/s, {time['efficiency']:.1%} efficient"
+    yield "time", f"{steps} steps; {speed} ({time['network']}; {time['source']})"
+    if "hours" in time:
+        energy = f", {time['kwh']:,.3g} kWh" if "kwh" in time else ""
+        attempts = f", {time['attempts']:,} attempts within the time limit" if "attempts" in time else ""
+        yield "", f"{time['hours']:,.3g} h, {time['device_hours']:,.4g} device hours{energy}{attempts}"
+
+
+def _data(plan: Plan) -> str:
+    data = plan.data
+    weights = f"weights of {data['init_from']}; " if data["init_from"] else ""
+    if not data["prepared"]:
+        return f"{weights}not prepared yet (python -m llm prepare …): tokens and epochs are not known"
+    epochs = ", ".join(f"{name} {n:.3g} times" for name, n in data.get("epochs", {}).items())
+    seen = f"; {data['tokens']:,} tokens, {epochs}" if epochs else ""
+    return f"{weights}{data['fingerprint']}, tokenizer {data['tokenizer']}{seen}"

@@ -1,0 +1,294 @@
+"""A step of a run, taken on fake tensors by processes that are not there: what it needs of memory, kind by kind.
+
+The network, the strategy and the optimizer are the run's own, and so are the operators; only numbers are missing. What
+a GPU does in another way than the CPU on which this is played is played, too: attention in 16 bits, the loss over the
+vocabulary in place. Compiled code is not traced, but what it does with memory is played in two rules: it casts weights
+again where the backward needs them, and computes again what the feed-forward's activation makes of a product. With
+these, recorded peaks of one GPU are met within two per cent (tests/cluster/test_trace.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llm.cluster.meter import Meter
+from llm.cluster.rows import Rows, batch
+from llm.data import TextData
+from llm.model import Transformer, TransformerConfig
+from llm.model.mask import LONG
+from llm.objective import Objective, Preference
+from llm.objective.scale import Scale, start
+from llm.reduce import clip_gradients, own_part
+from llm.strategy import DDP, FSDP, Single
+from llm.strategy.apply import vocabulary_multiple
+from llm.strategy.attention import dtype_of, way_of
+from llm.strategy.compiling import resolve
+from llm.strategy.process_group import fake_ranks
+
+Moments = dict[str, dict[str, float]]  # moment -> kind -> bytes, when that moment was worst
+KINDS = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "buffers")
+_FEW = 2  # blocks of a stack: with one more, what any number of them needs
+
+
+@dataclass(frozen=True)
+class Played:
+    """Where a step is played.
+
+    Attributes:
+        world_size: processes.
+        precision: the trainer's, settled.
+        gpu: whether in the way of a GPU; else of a CPU.
+        rows: of a micro-batch.
+        n_micro_batches: of a step, on each process.
+    """
+
+    world_size: int
+    precision: str
+    gpu: bool
+    rows: Rows
+    n_micro_batches: int
+
+
+def trace(objective: Objective, strategy: Single | DDP | FSDP, data: TextData, played: Played) -> Moments:
+    """What a process holds at the worst of each moment of a step.
+
+    Of a large network a few blocks are run: each moment grows in a straight line with the number of blocks.
+    """
+    whole = objective.model_config
+    sizes: dict[str, Any] = {"n_layers": whole.n_layers}
+    if whole.family == "encoder_decoder":
+        sizes["n_decoder_layers"] = whole.decoder_layers
+    few: dict[str, Any] = {name: min(n, _FEW) for name, n in sizes.items()}
+    base = _Step(objective, strategy, data, played, replace(whole, **few)).worst()
+    found = {moment: {kind: float(kinds.get(kind, 0)) for kind in KINDS} for moment, kinds in base.items()}
+    for name in (name for name, n in sizes.items() if n > few[name]):
+        one_more = _Step(objective, strategy, data, played, replace(whole, **few | {name: few[name] + 1})).worst()
+        for moment, kinds in found.items():
+            for kind in KINDS:
+                slope = one_more[moment].get(kind, 0) - base[moment].get(kind, 0)
+                kinds[kind] += (sizes[name] - few[name]) * slope
+    return found
+
+
+def peak(moments: Moments) -> tuple[str, dict[str, float]]:
+    """The worst moment of all, and what there is then."""
+    return max(moments.items(), key=lambda item: sum(item[1].values()))
+
+
+class _Judge:
+    """What kind of tensor has been made, by its shape and by when that was."""
+
+    def __init__(self, network: Transformer, rows: Rows) -> None:
+        self.forward = True
+        own = {tuple(shape) for p in network.parameters() for shape in (p.shape, own_part(p).shape)}
+        # An activation may happen to have the shape of a weight.
+        self._weights = {shape for shape in own if shape[0] not in (rows.n * rows.length, rows.n * rows.target)}
+        n_tokens = network.config.vocab_size
+        assert n_tokens is not None
+        self._scores = range(n_tokens, n_tokens + 64)
+
+    def __call__(self, tensor: Tensor) -> str:
+        shape = tuple(tensor.shape)
+        if len(shape) > 1 and shape[-1] in self._scores:
+            return "logits"
+        if self.forward:
+            return "activations"
+        return "gradients" if shape in self._weights and tensor.is_floating_point() else "buffers"
+
+
+class _Step:
+    """A step of a network of `config`, which need not be the objective's own."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        strategy: Single | DDP | FSDP,
+        data: TextData,
+        played: Played,
+        config: TransformerConfig,
+    ) -> None:
+        self.objective, self.strategy, self.data, self.played, self.config = objective, strategy, data, played, config
+
+    def worst(self) -> Moments:
+        """What there was at the worst of each moment of the step."""
+        with ExitStack() as stack:
+            if isinstance(self.strategy, FSDP) or self.played.world_size > 1:
+                stack.enter_context(fake_ranks(self.played.world_size))
+            self.network = self._built()
+            self.judge = _Judge(self.network, self.played.rows)
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            self.meter = stack.enter_context(Meter(self.judge))
+            stack.callback(setattr, self.objective, "model", None)
+            self._set_up()
+            self.meter.forget()
+            with self._autocast(), self._attention(), self._kept():
+                self._take()
+        return self.meter.worst
+
+    def _built(self) -> Transformer:
+        """The network as the strategy has it, on the meta device."""
+        played, strategy = self.played, self.strategy
+        with torch.device("meta"):
+            network = Transformer(self.config)
+            if self.objective.adapter is not None:
+                self.objective.adapter.attach(network)
+        device = torch.device("cuda" if played.gpu else "cpu")
+        spread = isinstance(strategy, FSDP)
+        self.compiled = resolve(strategy.compile, network, device, spread=spread) != "none"
+        way = way_of(strategy.attention, self.config, device, compiled=self.compiled)
+        longest = max(played.rows.length, played.rows.target)
+        self.dense = way == "dense" or (way == "runs" and longest < LONG) or self.config.position == "relative"
+        if isinstance(strategy, FSDP):
+            strategy.lay_out("cpu", played.world_size, played.precision)
+        strategy.place(network, "none", vocabulary_multiple(device))
+        if played.precision == "bf16-true" and not spread:
+            network.to(torch.bfloat16)
+        return network
+
+    def _set_up(self) -> None:
+        """What lives through all steps."""
+        network, objective = self.network, self.objective
+        network.to_empty(device="cpu")
+        objective.model, objective.task_names = network, self.data.task_names
+        self.strategy.connect(objective)
+        self.meter.call("parameters", list(network.parameters()))
+        if isinstance(objective, Preference) and objective.adapter is None:
+            with torch.device("meta"):
+                reference = Transformer(self.config).requires_grad_(False)
+            objective._reference = (reference.to_empty(device="cpu"),)
+            self.meter.call("parameters", list(reference.parameters()))
+        if self.played.gpu and not (isinstance(self.strategy, FSDP) and self.strategy.tensor_parallel_size > 1):
+            objective._nats = self._fused_nats  # type: ignore[method-assign]
+        self.optimizer = objective.optimizer_recipe.build(network)
+        self.micro_batches = [self._batch() for _ in range(self.played.n_micro_batches)]
+        self._make_state()
+        self._mark_moments()
+
+    def _make_state(self) -> None:
+        """The optimizer's, which its first step makes. DDP's gradients lie in its buckets for good, others go."""
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        self.meter.call("gradients", self._gradients())
+        self.optimizer.step()
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        self.meter.call("optimizer", [value for value in state if isinstance(value, Tensor)])
+        if not isinstance(self.strategy, DDP):
+            for parameter in trained:
+                parameter.grad = None
+
+    def _batch(self) -> dict[str, Any]:
+        """A micro-batch. What is hidden by run or by block needs no mask: as if each row were one document."""
+        fields: dict[str, Any] = batch(self.data, self.played.rows, documents=self.data.tells_documents)
+        if self.data.answers == "vocabulary" and not self.dense:
+            fields |= dict.fromkeys({"documents", "source_documents"} & fields.keys())
+        return fields
+
+    def _mark_moments(self) -> None:
+        """Say to the meter when the loss begins, and when the backward of a block does."""
+        network, enter = self.network, self.meter.enter
+        network.register_forward_hook(lambda *_: enter("loss"))
+        for side in ("encoder", "decoder"):
+            stack = getattr(network, side)
+            blocks = [] if stack is None else list(stack.blocks)
+            for place, block in enumerate(blocks):
+                which = "last" if place == len(blocks) - 1 else "first" if place == 0 else "a middle"
+                block.register_forward_hook(_at_backward(enter, f"backward of the {side}'s {which} block"))
+
+    def _take(self) -> None:
+        """Forward and backward of a step's first and last micro-batch, and the update: as Objective.training_step."""
+        objective, played = self.objective, self.played
+        n = min(2, played.n_micro_batches)
+        for number, fields in enumerate(self.micro_batches[:n], 1):
+            self.judge.forward = True
+            self.meter.enter("forward")
+            parts = objective.losses(fields)
+            loss, gradient = start(parts, Scale([dict.fromkeys(parts, 1)], torch.device("cpu")))
+            del parts
+            self.judge.forward = False
+            with nullcontext() if number == n else self._unsent():
+                torch.autograd.backward(loss, gradient)
+        self.meter.call("gradients", self._gradients())
+        self.meter.enter("update")
+        clip_gradients(list(self.network.parameters()), objective.optimizer_recipe.clip_norm)
+        self.optimizer.step()
+
+    def _unsent(self) -> AbstractContextManager[None]:
+        return self.strategy.block_backward_sync() if isinstance(self.strategy, FSDP) else nullcontext()
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Casts are kept for the step; those of compiled code are made where they are used."""
+        if not self.played.precision.endswith("-mixed"):
+            return nullcontext()
+        return torch.autocast("cpu", torch.bfloat16, cache_enabled=not self.compiled)
+
+    def _attention(self) -> AbstractContextManager[Any]:
+        return _attention_in(dtype_of(self.played.precision)) if self.played.gpu else nullcontext()
+
+    def _kept(self) -> AbstractContextManager[Any]:
+        """What compiled code leaves out of what it keeps for the backward."""
+
+        def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, torch.dtype]:
+            activated = tensor.shape[-1:] == (self.config.ffn_width,) and not self.meter.is_product(tensor)
+            return (tensor.shape, tensor.dtype) if activated or self.meter.is_cast(tensor) else tensor
+
+        def unpack(kept: Tensor | tuple[torch.Size, torch.dtype]) -> Tensor:
+            return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1])
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, unpack) if self.compiled else nullcontext()
+
+    def _fused_nats(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        nats: Tensor = _FusedNats.apply(self.network.logits(hidden, padded=True))
+        return nats if reduction == "none" else nats.sum()
+
+
+def _at_backward(enter: Callable[[str], None], moment: str) -> Callable[..., None]:
+    """A hook on a module's forward that calls `enter` when its backward begins."""
+
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: enter(moment))
+
+    return hook
+
+
+class _FusedNats(torch.autograd.Function):
+    """What llm/objective/fused.py keeps and makes, without its kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        nats, log_sums = (torch.empty(len(logits), dtype=torch.float32) for _ in range(2))
+        ctx.save_for_backward(logits, log_sums)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        logits: Tensor = ctx.saved_tensors[0]
+        return logits
+
+
+@contextmanager
+def _attention_in(dtype: torch.dtype) -> Iterator[None]:
+    """A GPU's attention keeps what it is given in 16 bits, for which llm/model/kernel.py has float32 on a CPU; and what
+    it drops out, it does not keep."""
+    compute = F.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        return compute(query.to(dtype), key.to(dtype), value.to(dtype), **options | {"dropout_p": 0.0})
+
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = compute
