@@ -22,13 +22,13 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.scaling_memory import memory_bytes
 from llm.cluster import (
     H100_ETHERNET,
     H100_INFINIBAND,
     Cluster,
     Layout,
     Model,
-    memory_bytes,
     step_time,
     tokens_per_s,
     update_s,

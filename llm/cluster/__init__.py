@@ -1,7 +1,6 @@
-"""A run on a cluster: what it takes (bytes on the wire, seconds per step, memory: arithmetic), and how it gets there
-(`commands`: submit, status, logs, cancel)."""
+"""A run on a cluster: what it will take (`plan`, from bytes on the wire, seconds of a step and a step on fake tensors),
+and how it gets there (`commands`: submit, status, logs, cancel)."""
 
-from llm.cluster.memory import memory_bytes
 from llm.cluster.scaling import (
     H100_ETHERNET,
     H100_INFINIBAND,
@@ -29,7 +28,6 @@ __all__ = [
     "StepTime",
     "Transfer",
     "bytes_by_kind",
-    "memory_bytes",
     "stages",
     "step_time",
     "tokens_per_s",

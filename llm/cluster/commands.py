@@ -7,7 +7,9 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from llm.command import Parser, compose
 
@@ -32,21 +34,27 @@ def plan(arguments: Sequence[str]) -> None:
                 f"--{name.replace('_', '-')} {value}: must be above 0{f' and at most {most:g}' if most else ''}"
             )
     from llm.cluster.remedy import examine, remedies, shortage
-    from llm.cluster.show import advice, table
+    from llm.cluster.search import Setting, search
+    from llm.cluster.show import advice, ranking, table
     from llm.cluster.subject import Stated
 
     stated = Stated(options.gpu, options.network, options.mfu, options.tokens_per_s, options.disk * 1e9)
-    found = examine(overrides, stated)
+    found = examine(tuple(overrides), stated)
     mended = remedies(found, stated) if found.problems else []
+    problems = list(found.problems)
+    fastest: list[Setting] = []
     if found.subject is not None and found.plan is not None:
-        found.problems.extend(shortage(found.subject, found.plan))
+        problems += shortage(found.subject, found.plan)
+        fastest = search(found.subject, stated) if options.search else []
     if options.json:
         figures = None if found.plan is None else found.plan.as_json
-        print(json.dumps({"plan": figures, "problems": found.problems, "remedies": mended}, indent=1))
+        told: dict[str, Any] = {"plan": figures, "problems": problems, "remedies": mended}
+        told |= {"search": [asdict(setting) for setting in fastest]} if options.search else {}
+        print(json.dumps(told, indent=1))
     else:
-        print("" if found.plan is None else table(found.plan))
-        print(advice(found.problems, mended), end="", file=sys.stderr)
-    if found.problems:
+        print("\n".join([*([table(found.plan)] if found.plan else []), *ranking(fastest)]))
+        print(advice(problems, mended), end="", file=sys.stderr)
+    if problems:
         sys.exit(64)
 
 

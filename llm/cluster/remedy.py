@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from llm.cluster import partition
@@ -32,20 +33,21 @@ Changes = tuple[str, ...]  # overrides; "without KEY": one that is left out
 class Examined:
     """A command line, as far as it came: without a plan if its configuration has mistakes."""
 
-    arguments: list[str]
+    arguments: Changes
     subject: Subject | None
     plan: Plan | None
     problems: list[str]
 
 
-def examine(arguments: Sequence[str], stated: Stated) -> Examined:
+@cache
+def examine(arguments: Changes, stated: Stated) -> Examined:
     """Compose, build and plan what these overrides describe, and say all that is wrong with it."""
     try:
         found = subject(compose(arguments), stated)
     except ConfigError as error:
-        return Examined(list(arguments), None, None, list(error.mistakes))
+        return Examined(arguments, None, None, error.mistakes)
     made = plan(found, stated)
-    return Examined(list(arguments), found, made, problems(found, made))
+    return Examined(arguments, found, made, problems(found, made))
 
 
 def problems(found: Subject, made: Plan) -> list[str]:
@@ -135,12 +137,12 @@ def _key(change: str) -> str:
     return change.removeprefix(_WITHOUT).lstrip("+~").partition("=")[0]
 
 
-def _with(arguments: Sequence[str], changes: Changes) -> list[str]:
+def _with(arguments: Changes, changes: Changes) -> Changes:
     """Overrides, of which `changes` take the place of those of the same key, or of keys in the group they choose."""
     keys = set(map(_key, changes))
     groups = {key for key in keys if "." not in key}
     kept = [text for text in arguments if _key(text) not in keys and _key(text).partition(".")[0] not in groups]
-    return [*kept, *(change for change in changes if not change.startswith(_WITHOUT))]
+    return (*kept, *(change for change in changes if not change.startswith(_WITHOUT)))
 
 
 def _candidates(examined: Examined, stated: Stated) -> Iterator[Changes]:

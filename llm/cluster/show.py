@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from llm.cluster.plan import Plan
+from llm.cluster.search import Setting
 from llm.cluster.trace import KINDS
 
 _GIB = 2.0**30
@@ -18,10 +19,22 @@ def table(plan: Plan) -> str:
     return "\n".join(f"{title:<{width}}  {text}" for title, text in rows)
 
 
+def summary(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Its two most asked for lines, for those who submit."""
+    yield from (row for row in (*_memory(plan), *_time(plan)) if row[0])
+
+
 def advice(problems: Sequence[str], remedies: Sequence[Sequence[str]]) -> str:
     """What is wrong, and what helps."""
     lines = [*problems, *(f"  passes with {' '.join(changes)}" for changes in remedies)]
     return "".join(f"{text}\n" for text in lines)
+
+
+def ranking(settings: Sequence[Setting]) -> Iterator[str]:
+    """The settings that were found, the fastest first."""
+    for place, setting in enumerate(settings, 1):
+        speed = f"{setting.tokens_per_s:>12,.0f} tokens/s, {setting.efficiency:.1%} efficient"
+        yield f"{place:>2}. {speed}, {setting.memory_bytes / _GIB:6.1f} GiB  {' '.join(setting.changes)}"
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str]]:

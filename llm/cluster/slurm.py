@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from annotated_types import Ge
+from omegaconf import DictConfig
+
+from llm.code import ROOT
+from llm.config.mistake import ConfigError, line
 
 # What an option's value may hold: nothing that ends it, or that a shell reads in another way.
 _WORD = re.compile(r"[\w.,:=/@%+*\[\]#-]+")
@@ -154,3 +158,18 @@ class Slurm:
             elif value is not True and (value is None or value is False or not _WORD.fullmatch(str(value))):
                 problems.append(f"{key}: {value!r} - sbatch takes a word - true for an option without a value")
         return problems
+
+
+def cluster_of(cfg: DictConfig) -> Slurm:
+    """What a configuration asks SLURM for.
+
+    Raises:
+        ConfigError: if it does not say.
+    """
+    if cfg.cluster is None:
+        names = sorted(path.stem for path in (ROOT / "conf" / "cluster").glob("[!_]*.yaml"))
+        raise ConfigError([line("cluster", "null", "says what to ask SLURM for", f"cluster={' or '.join(names)}")])
+    from hydra.utils import instantiate
+
+    found: Slurm = instantiate(cfg.cluster, _convert_="all")
+    return found

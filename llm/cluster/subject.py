@@ -13,13 +13,13 @@ from omegaconf import DictConfig
 from llm.agree import agree
 from llm.build import built
 from llm.cluster.rows import Rows, rows_of
-from llm.cluster.slurm import Slurm
-from llm.cluster.submit import cluster_of
+from llm.cluster.slurm import Slurm, cluster_of
 from llm.cluster.trace import Moments, Played, trace
 from llm.cluster.traffic import Layout, Model
 from llm.config import ConfigError
 from llm.config.mistake import line
 from llm.data import DataError, TextData
+from llm.data.cache import MissingError, only_found
 from llm.hardware import GPUS, Gpu, gpu_named
 from llm.machine import precision
 from llm.model import Transformer, TransformerConfig
@@ -164,11 +164,17 @@ def subject(cfg: DictConfig, stated: Stated) -> Subject:
     if cluster is not None:
         cfg.trainer.num_nodes, cfg.trainer.devices = cluster.nodes, cluster.ranks_per_node
     on_gpu = _on_gpu(cfg, cluster, stated)
+    mistakes = [] if cluster is None else _accelerator(cfg, cluster)
     cfg.trainer.accelerator = "cuda" if on_gpu else "cpu"
     cfg.trainer.precision = precision(cfg.trainer.precision, cfg.trainer.accelerator)
-    data, objective = settled(cfg)
-    strategy = built(cfg.strategy)
-    agree(cfg, built(cfg.model), data, strategy, None, objective)
+    try:
+        data, objective = settled(cfg)
+        strategy = built(cfg.strategy)
+        agree(cfg, built(cfg.model), data, strategy, None, objective)
+    except ConfigError as error:
+        raise ConfigError([*mistakes, *error.mistakes]) from error
+    if mistakes:
+        raise ConfigError(mistakes)
     n_steps = steps(cfg, data)
     cfg.trainer.max_steps = n_steps or 1 + int(cfg.schedule.get("warmup_steps", 0))  # a schedule wants to know an end
     devices = cfg.trainer.devices
@@ -193,11 +199,14 @@ def steps(cfg: DictConfig, data: TextData) -> int | None:
 
 
 def is_prepared(data: TextData) -> bool:
-    """Whether the data can be looked at; not where it cannot even be named, without network or files."""
+    """Whether all is there that preparing it would make; not where it cannot even be named, without network or
+    files."""
     try:
-        return data.is_prepared()
-    except (DataError, OSError):
+        with only_found():
+            data.prepare()
+    except (MissingError, DataError, OSError):
         return False
+    return True
 
 
 def _on_gpu(cfg: DictConfig, cluster: Slurm | None, stated: Stated) -> bool:
@@ -206,6 +215,15 @@ def _on_gpu(cfg: DictConfig, cluster: Slurm | None, stated: Stated) -> bool:
     if cfg.trainer.accelerator == "auto":
         return stated.gpu is not None or torch.cuda.is_available()
     return bool(cfg.trainer.accelerator != "cpu")
+
+
+def _accelerator(cfg: DictConfig, cluster: Slurm) -> list[str]:
+    """Whether the run is to compute on what the job has."""
+    asked, there = str(cfg.trainer.accelerator), cluster.gpus_per_node
+    if asked == "auto" or (asked == "cpu") == (there is None):
+        return []
+    has = "no GPUs" if there is None else f"{there} GPUs on each node"
+    return [line("trainer.accelerator", asked, f"the job has {has}", "auto takes what there is")]
 
 
 def _gpu(cluster: Slurm | None, stated: Stated) -> Gpu | None:

@@ -15,19 +15,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
 from llm.cluster import jobs, partition
-from llm.cluster.slurm import Slurm
+from llm.cluster.slurm import Slurm, cluster_of
 from llm.cluster.sweep import combinations
 from llm.code import ROOT, commit, copy_code, difference
 from llm.command import beside, compose
 from llm.config import ConfigError, made_run_id
 from llm.config.mistake import line
 from llm.exit import EXISTS
+
+if TYPE_CHECKING:
+    from llm.cluster.plan import Plan
 
 Kind = Literal["train", "sweep", "prepare", "evaluate", "export"]
 KINDS: tuple[Kind, ...] = ("train", "sweep", "prepare", "evaluate", "export")
@@ -52,6 +55,7 @@ class Job:
     after      ids of jobs that have to have ended well before it starts
     config     of the run, composed; None where the run is there already
     own        folder of the user's own YAML (--config-dir), which is frozen, too
+    cost       what python -m llm plan says of a run
     """
 
     kind: Kind
@@ -63,6 +67,7 @@ class Job:
     after: tuple[str, ...] = ()
     config: DictConfig | None = None
     own: Path | None = None
+    cost: Plan | None = None
 
     @property
     def folder(self) -> Path:
@@ -94,14 +99,14 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
     name = _named(cfg, kind)
     run_dir = Path(cfg.run_dir) if kind == "train" else Path("runs") / name.name
     refuse_live(run_dir, kind)
-    mistakes = [*_following(arguments), *name.mistakes]
-    cfg.trainer.num_nodes, cfg.trainer.devices = cluster.nodes, cluster.ranks_per_node
-    if mistakes := [*mistakes, *([] if kind == "prepare" else _disagreements(cfg, cluster))]:
+    cost, wrong = (None, []) if kind == "prepare" else _examined(cfg)
+    if mistakes := [*_following(arguments), *name.mistakes, *wrong]:
         raise ConfigError(mistakes)
+    cfg.trainer.num_nodes, cfg.trainer.devices = cluster.nodes, cluster.ranks_per_node
     n_tasks = len(swept) if kind == "sweep" else n_shares
     frozen = [] if kind in ("prepare", "sweep") else name.overrides
     own, kept = _own_files(arguments, run_dir / jobs.FOLDER / kind)
-    return Job(kind, name.name, run_dir, [*kept, *frozen], _sized(cluster, kind), n_tasks, jobs_before, cfg, own)
+    return Job(kind, name.name, run_dir, [*kept, *frozen], _sized(cluster, kind), n_tasks, jobs_before, cfg, own, cost)
 
 
 def _own_files(arguments: Sequence[str], folder: Path) -> tuple[Path | None, list[str]]:
@@ -112,21 +117,6 @@ def _own_files(arguments: Sequence[str], folder: Path) -> tuple[Path | None, lis
     copy = str((folder / _OWN).absolute())
     replaced = {given.config_dir: copy, f"--config-dir={given.config_dir}": f"--config-dir={copy}"}
     return Path(given.config_dir), [replaced.get(text, text) for text in arguments]
-
-
-def cluster_of(cfg: DictConfig) -> Slurm:
-    """What a configuration asks SLURM for.
-
-    Raises:
-        ConfigError: if it does not say.
-    """
-    if cfg.cluster is None:
-        names = sorted(path.stem for path in (ROOT / "conf" / "cluster").glob("[!_]*.yaml"))
-        raise ConfigError([line("cluster", "null", "says what to ask SLURM for", f"cluster={' or '.join(names)}")])
-    from hydra.utils import instantiate
-
-    found: Slurm = instantiate(cfg.cluster, _convert_="all")
-    return found
 
 
 def script(job: Job, template: str) -> str:
@@ -280,30 +270,18 @@ def _named(cfg: DictConfig, kind: Kind) -> _Name:
     return _Name(name, [f"run_name={name}"] if name == made else [], mistakes)
 
 
-def _disagreements(cfg: DictConfig, cluster: Slurm) -> list[str]:
-    """What cannot be true of the run, and what the partition has not."""
-    mistakes = partition.refusals(cluster)
-    from llm.agree import agree
-    from llm.build import built
-    from llm.machine import precision
-    from llm.run import settled
+def _examined(cfg: DictConfig) -> tuple[Plan | None, list[str]]:
+    """What the run will cost, and what cannot be true of it, or will not work."""
+    from llm.cluster.plan import plan
+    from llm.cluster.remedy import problems
+    from llm.cluster.subject import Stated, subject
 
-    cfg = cfg.copy()
-    where = "cpu" if cluster.gpus_per_node is None else "cuda"
-    if cfg.trainer.accelerator == "auto":
-        cfg.trainer.accelerator = where
-    elif (cfg.trainer.accelerator == "cpu") != (where == "cpu"):
-        has = "no GPUs" if where == "cpu" else f"{cluster.gpus_per_node} GPUs on each node"
-        mistakes.append(
-            line("trainer.accelerator", cfg.trainer.accelerator, f"the job has {has}", "auto takes what there is")
-        )
-    cfg.trainer.precision = precision(cfg.trainer.precision, where)
     try:
-        data, objective = settled(cfg)
-        agree(cfg, built(cfg.model), data, built(cfg.strategy), None, objective)
+        found = subject(cfg, Stated())
     except ConfigError as error:
-        mistakes += error.mistakes
-    return mistakes
+        return None, [*partition.refusals(cluster_of(cfg)), *error.mistakes]
+    made = plan(found, Stated())
+    return made, problems(found, made)
 
 
 def _sized(cluster: Slurm, kind: Kind) -> Slurm:
@@ -356,6 +334,8 @@ def _quoted(value: str) -> str:
 
 def said(job: Job, id_: str | None) -> dict[str, Any]:
     """What the user is told of it, by title."""
+    from llm.cluster.show import summary
+
     cluster = job.cluster
     ranks = f"{cluster.nodes} x {cluster.ranks_per_node} ranks" if job.kind in ("train", "sweep") else "1 process"
     array = "" if job.n_tasks is None else f", {job.n_tasks} array tasks"
@@ -368,4 +348,5 @@ def said(job: Job, id_: str | None) -> dict[str, Any]:
         "log": str(log),
         "code": f"{commit() or 'no commit'}{', and diff.patch' if dirty else ''}",
         "time": f"{cluster.time}{f'; {restarts}' if job.kind in ('train', 'sweep') and cluster.warning_s else ''}",
+        **({} if job.cost is None else dict(summary(job.cost))),
     } | ({"after": ", ".join(job.after)} if job.after else {})

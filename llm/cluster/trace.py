@@ -9,15 +9,19 @@ these, recorded peaks of one GPU are met within two per cent (tests/cluster/test
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 
 from llm.cluster.meter import Meter
 from llm.cluster.rows import Rows, batch
@@ -119,10 +123,10 @@ class _Step:
 
     def worst(self) -> Moments:
         """What there was at the worst of each moment of the step."""
-        with ExitStack() as stack:
+        with ExitStack() as stack, _unwarned():
             if isinstance(self.strategy, FSDP) or self.played.world_size > 1:
                 stack.enter_context(fake_ranks(self.played.world_size))
-            self.network = self._built()
+            self.network, self.reference = self._built(), self._built_reference()
             self.judge = _Judge(self.network, self.played.rows)
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             self.meter = stack.enter_context(Meter(self.judge))
@@ -153,6 +157,13 @@ class _Step:
             network.to(torch.bfloat16)
         return network
 
+    def _built_reference(self) -> tuple[Transformer, ...]:
+        """What a preference is measured against, on the meta device, if there is one beside the network."""
+        if not isinstance(self.objective, Preference) or self.objective.adapter is not None:
+            return ()
+        with torch.device("meta"):
+            return (Transformer(self.config).requires_grad_(False),)
+
     def _set_up(self) -> None:
         """What lives through all steps."""
         network, objective = self.network, self.objective
@@ -160,11 +171,9 @@ class _Step:
         objective.model, objective.task_names = network, self.data.task_names
         self.strategy.connect(objective)
         self.meter.call("parameters", list(network.parameters()))
-        if isinstance(objective, Preference) and objective.adapter is None:
-            with torch.device("meta"):
-                reference = Transformer(self.config).requires_grad_(False)
-            objective._reference = (reference.to_empty(device="cpu"),)
-            self.meter.call("parameters", list(reference.parameters()))
+        if isinstance(objective, Preference):
+            objective._reference = tuple(reference.to_empty(device="cpu") for reference in self.reference)
+            self.meter.call("parameters", [p for reference in self.reference for p in reference.parameters()])
         if self.played.gpu and not (isinstance(self.strategy, FSDP) and self.strategy.tensor_parallel_size > 1):
             objective._nats = self._fused_nats  # type: ignore[method-assign]
         self.optimizer = objective.optimizer_recipe.build(network)
@@ -239,18 +248,29 @@ class _Step:
     def _kept(self) -> AbstractContextManager[Any]:
         """What compiled code leaves out of what it keeps for the backward."""
 
-        def pack(tensor: Tensor) -> Tensor | tuple[torch.Size, torch.dtype]:
-            activated = tensor.shape[-1:] == (self.config.ffn_width,) and not self.meter.is_product(tensor)
-            return (tensor.shape, tensor.dtype) if activated or self.meter.is_cast(tensor) else tensor
+        def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+            own = own_part(tensor)
+            activated = tensor.shape[-1:] == (self.config.ffn_width,) and not self.meter.is_product(own)
+            return _made_anew(tensor) if activated or self.meter.is_cast(own) else tensor
 
-        def unpack(kept: Tensor | tuple[torch.Size, torch.dtype]) -> Tensor:
-            return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1])
+        def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
+            return kept if isinstance(kept, Tensor) else kept()
 
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack) if self.compiled else nullcontext()
 
     def _fused_nats(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
         nats: Tensor = _FusedNats.apply(self.network.logits(hidden, padded=True))
         return nats if reduction == "none" else nats.sum()
+
+
+def _made_anew(tensor: Tensor) -> Callable[[], Tensor]:
+    """What gives another tensor like this one, and does not keep it."""
+    own = own_part(tensor)
+    make = partial(torch.empty, own.shape, dtype=own.dtype)
+    if not isinstance(tensor, DTensor):
+        return make
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return lambda: DTensor.from_local(make(), mesh, placements, run_check=False)
 
 
 def _at_backward(enter: Callable[[str], None], moment: str) -> Callable[..., None]:
@@ -276,6 +296,20 @@ class _FusedNats(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         logits: Tensor = ctx.saved_tensors[0]
         return logits
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """What torch has to say about the way collectives go is for those who wait for them."""
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

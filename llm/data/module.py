@@ -15,7 +15,7 @@ from annotated_types import Ge
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from llm.data.cache import FORMAT, MissingError, only_found
+from llm.data.cache import FORMAT
 from llm.data.collate import Settings, Step
 from llm.data.example import Symbols
 from llm.data.labelling import Classify, Tag
@@ -95,15 +95,6 @@ class TextData(LightningDataModule):
         """Build or find the tokenizer, the token files and the rows. Token files whose shares are all there are put
         together of them. Raises DataError; OSError for data.cache_dir."""
         _ = self._prepared
-
-    def is_prepared(self) -> bool:
-        """Whether `prepare` would find everything; nothing is made."""
-        try:
-            with only_found():
-                self.prepare()
-        except MissingError:
-            return False
-        return True
 
     def prepare_share(self, number: int, of: int) -> bool:
         """Build or find share `number`, counted from 0, of the `of` that the token files are divided into; returns

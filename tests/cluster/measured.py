@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from llm.reduce import own_part
+from tests.runs import run_composed
 
 
 class MeasurePeak(Callback):
@@ -49,3 +51,13 @@ class MeasurePeak(Callback):
                 peak = max(peak, now)
             path = self.folder / f"peak-{trainer.global_rank}.json"
             path.write_text(json.dumps({"before": self.before, "peak": peak}))
+
+
+def measured_peak(overrides: list[str], folder: str) -> int:
+    """Of the tiny run with `overrides`, on this process: bytes at the worst of its third step."""
+    node = f"+callback.measured={{_target_: tests.cluster.measured.MeasurePeak, folder: {folder}}}"
+    steps = ["trainer.max_steps=3", "schedule.warmup_steps=0", "trainer.val_check_interval=100"]
+    run_composed([*overrides, *steps, "packages=[tests]", node])
+    rank = os.environ.get("RANK", "0")
+    found: int = json.loads((Path(folder) / f"peak-{rank}.json").read_text())["peak"]
+    return found

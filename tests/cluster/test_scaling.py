@@ -15,6 +15,7 @@ from torch import nn
 
 from benchmarks.scaling import ROOT, compare, fitted_interference, model_of, shipped
 from benchmarks.scaling_here import trained
+from benchmarks.scaling_memory import memory_bytes
 from llm.cluster import (
     H100_ETHERNET,
     H100_INFINIBAND,
@@ -25,7 +26,6 @@ from llm.cluster import (
     Model,
     Transfer,
     bytes_by_kind,
-    memory_bytes,
     stages,
     step_time,
 )

@@ -1,4 +1,7 @@
-"""Bytes that one device must hold. Weights, gradients and optimizer state are counted; activations are estimated."""
+"""Bytes that one device must hold, for the tables of scaling: a formula, where `python -m llm plan` traces a step.
+
+Weights, gradients and optimizer state are counted; activations are estimated.
+"""
 
 from __future__ import annotations
 
