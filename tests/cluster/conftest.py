@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +22,12 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
         yield cluster
     finally:
         cluster.down()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of some lengths, so that rows hold several."""
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    rows = (" ".join(f"w{i * n}" for n in range(5 + i % 7)) for i in range(900))
+    path.write_text("\n".join(json.dumps({"text": text}) for text in rows))
+    return path

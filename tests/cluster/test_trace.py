@@ -24,15 +24,6 @@ ROWS = ["data.max_length=128", "data.batch_size=16", "data.micro_batch_size=8", 
 WITHOUT = [f"~callback.{name}" for name in ("sample", "summary", "progress", "checkpoint")]
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of some lengths, so that rows hold several."""
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    rows = (" ".join(f"w{i * n}" for n in range(5 + i % 7)) for i in range(900))
-    path.write_text("\n".join(json.dumps({"text": text}) for text in rows))
-    return path
-
-
 def composed(overrides: list[str]) -> DictConfig:
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
