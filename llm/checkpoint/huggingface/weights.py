@@ -172,7 +172,7 @@ def _without_tables(left: Weights, config: TransformerConfig) -> list[str]:
     mistakes = []
     for name in [name for name in left if name.endswith("embed_positions.weight")]:
         table = left.pop(name)
-        waves = SinusoidalPosition()(torch.zeros(1, *table.shape), torch.arange(len(table)))[0]
+        waves = SinusoidalPosition(table.shape[1])(torch.zeros(1, *table.shape), torch.arange(len(table)))[0]
         if not torch.allclose(table.float(), waves, atol=1e-3):
             mistakes.append(f"{name}: not the sines and cosines that it must hold")
     return mistakes
