@@ -82,7 +82,7 @@ def from_theirs(
 def to_theirs(
     state: Mapping[str, Tensor], theirs: Settings, architecture: Architecture, config: TransformerConfig
 ) -> Weights:
-    """All weights under their names; a tied one once, as transformers writes it.
+    """All weights under their names; of a tied embedding each once, as transformers writes it.
 
     Raises:
         CheckpointError: naming each weight that has no name there, or is not there.
@@ -101,6 +101,8 @@ def to_theirs(
             if row.offset:
                 whole = torch.cat((whole.new_zeros(architecture.offset(theirs), whole.shape[1]), whole))
             out[name] = (whole.unsqueeze(0) if row.flat else whole).contiguous()
+    if not config.tie_embeddings:  # then transformers ties nothing, what has two names there is read under both
+        out |= {copy: out[source].clone() for copy, source in architecture.copies.items() if source in out}
     missing = [name for name in expected(config) if name not in state]
     if left or missing:
         lines = [f"{name}: has no name in {architecture.model_type}" for name in left]
