@@ -310,6 +310,34 @@ def verify(arguments: Sequence[str]) -> None:
         sys.exit(1)
 
 
+def coordinates(arguments: Sequence[str]) -> None:
+    """Check whether what a configuration learns in a step is as large at every width (docs/transfer.md)."""
+    parser = Parser("python -m llm coordinates", description=coordinates.__doc__)
+    parser.add_argument("--widths", default="32,64,128,256", help="of the residual stream (default 32,64,128,256)")
+    parser.add_argument("--steps", type=int, default=4, help="that are trained at each width (default 4)")
+    parser.add_argument("--seeds", type=int, default=2, help="runs whose mean is taken (default 2)")
+    parser.add_argument("--out", type=Path, help="folder for coordinates.json and .png (default runs/coordinates-TIME)")
+    options, overrides = parser.parse_known_args(list(arguments))
+    widths = options.widths.split(",")
+    if not all(width.isdecimal() and int(width) for width in widths) or len(set(widths)) < 2:
+        parser.error(f"--widths {options.widths}: give two or more, as 32,64,128,256")
+    for name in ("steps", "seeds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} {getattr(options, name)}: give at least 1")
+    out = options.out or Path("runs") / time.strftime("coordinates-%Y-%m-%d_%H-%M-%S")
+    cfg = compose(overrides)
+    from llm import coordinates as coordinate_check
+
+    say = partial(print, flush=True)
+    found = coordinate_check.check(cfg, sorted(map(int, widths)), options.steps, options.seeds, say)
+    coordinate_check.write(found, out)
+    print(coordinate_check.table(found))
+    print(f"{out / 'coordinates.png'}: model.parametrization={found.parametrization}: ", end="")
+    print("passed" if found.passed else "NOT PASSED")
+    if not found.passed:
+        sys.exit(1)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare": prepare,
     "stage": stage,
@@ -320,6 +348,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "average": average_weights,
     "audit": audit,
     "verify": verify,
+    "coordinates": coordinates,
     "plan": cluster.plan,
     "submit": cluster.submit,
     "status": cluster.status,

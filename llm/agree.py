@@ -15,7 +15,7 @@ from llm.checkpoint import configuration_at, disagreements, newest, read_state, 
 from llm.config import ConfigError
 from llm.data import TextData
 from llm.launch import Place
-from llm.model import TransformerConfig
+from llm.model import TransformerConfig, config_from, node_of
 from llm.tokenizer import Tokenizer
 
 # What of a model may change in the middle of a run: everything else is in the shape or the meaning of its weights.
@@ -106,7 +106,8 @@ def agree_with_checkpoint(cfg: DictConfig, data: TextData, checkpoint: Path) -> 
     """
     saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
     now: Any = OmegaConf.to_container(cfg, resolve=True)
-    pairs = [(f"model.{key}", saved["model"].get(key), now["model"].get(key)) for key in now["model"]]
+    was, model = (node_of(config_from(settings["model"])) for settings in (saved, now))  # with what was left out
+    pairs = [(f"model.{key}", was[key], model[key]) for key in model]
     pairs += [
         (f"{group}._target_", saved[group]["_target_"], now[group]["_target_"]) for group in ("objective", "optimizer")
     ]

@@ -71,6 +71,8 @@ class Lora:
         peft.inject_adapter_in_model(settings, network)
         seed = torch.initial_seed()
         for name, module in network.named_modules():
+            if ".lora_A." in name:
+                module.base_shape = _base_shape(network.get_submodule(name.partition(".lora_")[0]), self.r)
             if ".lora_A." in name or ".lora_B." in name:
                 module.reset_parameters = partial(_draw, module, f"{seed} {name}")
                 module.reset_parameters()
@@ -89,6 +91,13 @@ def switched_off(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer._disable_adapters = False
+
+
+def _base_shape(layer: Any, r: int) -> tuple[float, float] | None:
+    """Of an A: its inputs grow with the width, what B reads does not, so that A alone is slower in a wider network, and
+    B as fast (Hayou et al. 2024, arXiv:2402.12354)."""
+    around = layer.base_layer.base_shape
+    return None if around is None else (r, around[1])
 
 
 def _draw(module: Any, name: str) -> None:

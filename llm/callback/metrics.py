@@ -85,7 +85,7 @@ class Metrics(Callback):
         self.row = {
             **{f"train/{name}": mean for name, mean in pl_module.means(totals).items()},
             "grad/norm": norm / n_steps,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": pl_module.lr,
             **self._speed(trainer, pl_module, n_tokens, totals["loss"][1]),
         }
         self._interval_s = 0.0

@@ -85,7 +85,13 @@ def write_peft(path: str | Path, out: str | Path) -> None:
     node = adapter_of(step)
     if node is None:
         raise CheckpointError(f"{step}: was trained without an adapter - python -m llm export {path} OUT")
-    names = _theirs(config_from(cfg["model"]))
+    config = config_from(cfg["model"])
+    if config.growth != 1:
+        raise CheckpointError(
+            f"{step}: model.parametrization: mup - its multipliers become a part of exported weights, which an adapter "
+            f"alone does not fit - export the merged model instead: python -m llm export {path} OUT"
+        )
+    names = _theirs(config)
     tensors: dict[str, Tensor] = {}
     for name, weight in read_tensors(step, PREFIX).items():
         if is_adapters(name):

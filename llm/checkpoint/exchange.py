@@ -41,13 +41,14 @@ def import_folder(folder: str | Path, out: str | Path) -> tuple[list[str], list[
 
 
 def export_folder(path: str | Path, out: str | Path) -> None:
-    """Write the network of a run or step directory as a folder that transformers loads.
+    """Write the network of a run or step directory as a folder that transformers loads; what mup multiplies with is a
+    part of the weights there.
 
     Raises:
         CheckpointError: if `out` exists, or transformers has no architecture for the model.
     """
     step = store.find(path)
-    config, state = stored(step)
+    config, state = huggingface.folded(*stored(step))
     tokenizer = Tokenizer.load(step / "tokenizer") if (step / "tokenizer").is_dir() else None
     labels, spans = labels_of(step)
     huggingface.write(config, state, tokenizer, out, labels, spans=spans)

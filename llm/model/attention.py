@@ -4,10 +4,11 @@ from torch import Tensor, nn
 
 from llm.model.cache import LayerCache
 from llm.model.config import TransformerConfig
-from llm.model.initialisation import linear
+from llm.model.initialisation import Linear
 from llm.model.kernel import attend
 from llm.model.mask import Mask
 from llm.model.norm import build_norm
+from llm.model.parametrization import scores_scale
 from llm.model.position import Rotation, rotate
 
 
@@ -22,12 +23,11 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_width
         self.dropout = config.dropout
-        self.scale = None if config.scale_attention else 1.0  # None: the kernel's own, 1 / sqrt(head_dim)
-        query_dim, key_dim = config.n_heads * self.head_dim, config.kv_heads * self.head_dim
-        self.query = linear(config, config.dim, query_dim, bias=bool(config.bias), role="query")
-        self.key = linear(config, config.dim, key_dim, bias=bool(config.bias))
-        self.value = linear(config, config.dim, key_dim, bias=bool(config.bias))
-        self.out = linear(config, query_dim, config.dim, bias=config.bias is True, role="residual")
+        self.scale = scores_scale(config)
+        self.query = Linear(config, "dim", "queries", bias=bool(config.bias), role="query")
+        self.key = Linear(config, "dim", "keys", bias=bool(config.bias))
+        self.value = Linear(config, "dim", "keys", bias=bool(config.bias))
+        self.out = Linear(config, "queries", "dim", bias=config.bias is True, role="residual")
         self.query_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
         self.key_norm = build_norm(config, self.head_dim) if config.qk_norm else nn.Identity()
 

@@ -75,6 +75,10 @@ class TransformerConfig:
     n_labels        in the place of the vocabulary head a classifier of so many labels; label_of: of the text, on what a
                     pooler makes of its first token, or of each token (Devlin et al. 2019)
     initialisation  see llm.model.initialisation
+    parametrization what of that, and of the learning rates, changes with the width: see llm.model.parametrization
+    base_dim        with mup the dim that hyper-parameters were chosen at, of a network that was narrower in all its
+                    widths. A head_dim that is given was the same there (heads are added), else n_heads was
+    base_ffn_dim    ffn_dim at base_dim; null = in the same proportion to dim
     """
 
     dim: Count
@@ -112,10 +116,17 @@ class TransformerConfig:
     n_labels: Annotated[int, Ge(2)] | None = None
     label_of: Literal["text", "token"] = "text"
     initialisation: Literal["gpt2", "llama", "bert", "t5", "vaswani"] = "llama"
+    parametrization: Literal["standard", "mup"] = "standard"
+    base_dim: Count | None = None
+    base_ffn_dim: Count | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError with every rule between keys that does not hold."""
-        problems = self._problems() or self._problems_of_family() + self._problems_of_position()
+        problems = self._problems() or [
+            *self._problems_of_family(),
+            *self._problems_of_position(),
+            *self._problems_of_parametrization(),
+        ]
         if problems:
             raise ValueError("\n".join(problems))
 
@@ -147,17 +158,35 @@ class TransformerConfig:
     @property
     def ffn_width(self) -> int:
         """What ffn_dim comes to."""
-        if self.ffn_dim:
-            return self.ffn_dim
-        return -(-8 * self.dim // (3 * 64)) * 64 if self.gated else 4 * self.dim
+        return self.ffn_dim or self._ffn_width_at(self.dim)
+
+    @property
+    def growth(self) -> float:
+        """How many times wider than at base_dim."""
+        return self.dim / (self.base_dim or self.dim)
+
+    @property
+    def base_head_width(self) -> int:
+        """What head_dim came to at base_dim."""
+        return self.head_dim or (self.base_dim or self.dim) // self.n_heads
+
+    @property
+    def base_ffn_width(self) -> float:
+        """What ffn_dim came to at base_dim."""
+        if self.base_ffn_dim:
+            return self.base_ffn_dim
+        return self.ffn_dim / self.growth if self.ffn_dim else self._ffn_width_at(self.base_dim or self.dim)
 
     def has_window(self, layer: int) -> bool:
         """Whether block `layer` of a stack sees only the window."""
         return self.window is not None and (self.global_every is None or layer % self.global_every != 0)
 
+    def _ffn_width_at(self, dim: int) -> int:
+        return -(-8 * dim // (3 * 64)) * 64 if self.gated else 4 * dim
+
     def _problems(self) -> list[str]:
         counts = ["dim", "n_layers", "n_heads", "max_length", "vocab_size", "n_kv_heads", "head_dim", "ffn_dim"]
-        counts += ["n_decoder_layers", "window", "global_every"]
+        counts += ["n_decoder_layers", "window", "global_every", "base_dim", "base_ffn_dim"]
         problems = [
             f"model.{key} = {value}: must be at least 1"
             for key in counts
@@ -233,6 +262,27 @@ class TransformerConfig:
                 f"model.relative_buckets = {self.relative_buckets}, which the nearest tokens have each for itself"
             )
         return problems
+
+    def _problems_of_parametrization(self) -> list[str]:
+        """A base without something to scale from it, and the other way round."""
+        if self.parametrization == "standard":
+            return [
+                f"model.{key} = {getattr(self, key)}: does nothing under model.parametrization=standard; "
+                "set that to mup, or leave the key null"
+                for key in ("base_dim", "base_ffn_dim")
+                if getattr(self, key) is not None
+            ]
+        if self.base_dim is None:
+            return [
+                "model.base_dim = None: model.parametrization=mup scales from the width that hyper-parameters were "
+                "chosen at; set it to that dim"
+            ]
+        if self.head_dim is None and self.base_dim % self.n_heads:
+            return [
+                f"model.base_dim = {self.base_dim}: had no model.n_heads = {self.n_heads} heads; set model.head_dim = "
+                f"{self.head_width} if heads were added since, or take a multiple of model.n_heads"
+            ]
+        return []
 
 
 @dataclass(frozen=True)

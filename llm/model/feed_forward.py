@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.model.config import TransformerConfig
-from llm.model.initialisation import linear
+from llm.model.initialisation import Linear
 
 
 def relu_squared(hidden: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
         bias = config.bias is True
-        self.gate = linear(config, config.dim, config.ffn_width, bias=bias) if config.gated else None
-        self.up = linear(config, config.dim, config.ffn_width, bias=bias)
-        self.down = linear(config, config.ffn_width, config.dim, bias=bias, role="residual")
+        self.gate = Linear(config, "dim", "ffn", bias=bias) if config.gated else None
+        self.up = Linear(config, "dim", "ffn", bias=bias)
+        self.down = Linear(config, "ffn", "dim", bias=bias, role="residual")
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from llm.model.config import TransformerConfig
 from llm.model.feed_forward import ACTIVATIONS
-from llm.model.initialisation import Linear, deviation, linear
+from llm.model.initialisation import Linear
 from llm.model.norm import build_norm
 
 
@@ -22,14 +22,14 @@ class Head(Linear):
     def __init__(self, config: TransformerConfig, vocab_size: int) -> None:
         self.tied = config.tie_embeddings
         self.multiple = 1  # a strategy for GPUs sets it
-        std, truncated = deviation(config, config.dim, vocab_size), config.initialisation == "bert"
         if self.tied:
             with torch.device("meta"):
-                super().__init__(config.dim, vocab_size, bias=False, std=std, truncated=truncated)
+                super().__init__(config, "dim", vocab_size, bias=False)
+            self.base_shape = None  # the weight is an embedding
             if config.head_bias:
                 self.bias = nn.Parameter(torch.zeros(vocab_size))
         else:
-            super().__init__(config.dim, vocab_size, bias=config.head_bias, std=std, truncated=truncated)
+            super().__init__(config, "dim", vocab_size, bias=config.head_bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[.., D] -> [.., V], or more in training where `multiple` says so."""
@@ -52,7 +52,7 @@ class Transform(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.dense = linear(config, config.dim, config.dim, bias=config.bias is True)
+        self.dense = Linear(config, "dim", "dim", bias=config.bias is True)
         self.activation = ACTIVATIONS[config.activation]
         self.norm = build_norm(config, config.dim)
 

@@ -11,6 +11,8 @@ t5       normal; embeddings 1, matrices 1 / sqrt(inputs), queries 1 / sqrt(input
 vaswani  normal; embeddings 1 / sqrt(dim), which sqrt(dim) multiplies, matrices sqrt(2 / (inputs + outputs)) (Glorot and
          Bengio 2010, with the normal distribution; Vaswani et al. 2017 in tensor2tensor)
 
+These are of a network of model.base_dim, where that is given: how they go on from there says llm.model.parametrization.
+
 Each layer knows its own deviation, so `reset_parameters` needs no knowledge of the model around it: a network can be
 built on the meta device, spread over machines, and only then given its numbers.
 """
@@ -23,27 +25,38 @@ from typing import Literal
 from torch import Tensor, nn
 
 from llm.model.config import TransformerConfig
+from llm.model.parametrization import Width, base_shape, base_width, deviation_factor, width
 
 STD = 0.02
 Role = Literal["hidden", "query", "residual", "embedding"]
 
 
-def deviation(config: TransformerConfig, n_in: int, n_out: int, role: Role = "hidden") -> float:
+def deviation(config: TransformerConfig, n_in: float, n_out: float, role: Role = "hidden") -> float:
     """Standard deviation of a matrix of n_in inputs and n_out outputs; an embedding gives its rows' width as n_in."""
     if config.initialisation == "t5":
-        width = {"embedding": 1, "query": n_in * config.head_width}.get(role, n_in)
-        return 1 / math.sqrt(width)
+        n_inputs = {"embedding": 1, "query": n_in * config.base_head_width}.get(role, n_in)
+        return 1 / math.sqrt(n_inputs)
     if config.initialisation == "vaswani":
         return 1 / math.sqrt(n_in) if role == "embedding" else math.sqrt(2 / (n_in + n_out))
     return STD / math.sqrt(2 * config.n_layers) if config.initialisation == "gpt2" and role == "residual" else STD
 
 
 class Linear(nn.Linear):
-    """A linear layer that starts normal with deviation `std`; its bias, where it has one, at 0."""
+    """A linear layer that starts as the family's do: normal with deviation `std`; its bias, where it has one, at 0.
 
-    def __init__(self, n_in: int, n_out: int, *, bias: bool, std: float = STD, truncated: bool = False) -> None:
-        self.std, self.truncated = std, truncated  # before the parent's constructor, which calls reset_parameters
-        super().__init__(n_in, n_out, bias=bias)
+    Of its `base_shape` llm.model.parametrization tells.
+    """
+
+    base_shape: tuple[float, float] | None
+
+    def __init__(
+        self, config: TransformerConfig, n_in: Width, n_out: Width, *, bias: bool, role: Role = "hidden"
+    ) -> None:
+        # Before the parent's constructor, which calls reset_parameters.
+        std = deviation(config, base_width(config, n_in), base_width(config, n_out), role)
+        self.std, self.truncated = std * deviation_factor(config, n_in, n_out), _truncated(config)
+        super().__init__(width(config, n_in), width(config, n_out), bias=bias)
+        self.base_shape = base_shape(config, n_in, n_out)
 
     def reset_parameters(self) -> None:
         _draw(self.weight, self.std, self.truncated)
@@ -52,26 +65,19 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors that starts normal with deviation `std`."""
+    """A table of vectors that starts as the family's do: normal with deviation `std`."""
 
-    def __init__(self, n_rows: int, dim: int, *, std: float = STD, truncated: bool = False) -> None:
-        self.std, self.truncated = std, truncated  # before the parent's constructor, which calls reset_parameters
+    def __init__(self, config: TransformerConfig, n_rows: int, dim: int, role: Role = "embedding") -> None:
+        # Before the parent's constructor, which calls reset_parameters.
+        self.std, self.truncated = deviation(config, base_width(config, "dim"), n_rows, role), _truncated(config)
         super().__init__(n_rows, dim)
 
     def reset_parameters(self) -> None:
         _draw(self.weight, self.std, self.truncated)
 
 
-def linear(config: TransformerConfig, n_in: int, n_out: int, *, bias: bool, role: Role = "hidden") -> Linear:
-    """A linear layer that starts as the family's do."""
-    truncated = config.initialisation == "bert"
-    return Linear(n_in, n_out, bias=bias, std=deviation(config, n_in, n_out, role), truncated=truncated)
-
-
-def embedding(config: TransformerConfig, n_rows: int, width: int, role: Role = "embedding") -> Embedding:
-    """A table of n_rows vectors that starts as the family's do."""
-    std = deviation(config, config.dim, n_rows, role)
-    return Embedding(n_rows, width, std=std, truncated=config.initialisation == "bert")
+def _truncated(config: TransformerConfig) -> bool:
+    return config.initialisation == "bert"
 
 
 def _draw(weight: Tensor, std: float, truncated: bool) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.model.config import RopeScaling, TransformerConfig
-from llm.model.initialisation import embedding
+from llm.model.initialisation import Embedding
 
 Rotation = tuple[Tensor, Tensor]  # cosine and signed sine of `rotate`, each [.., T, 1, K], fp32
 
@@ -60,7 +60,7 @@ class LearnedPosition(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.table = embedding(config, config.max_length, config.dim)
+        self.table = Embedding(config, config.max_length, config.dim)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         return hidden + self.table(positions)
@@ -71,12 +71,19 @@ class SinusoidalPosition(nn.Module):
 
     Sines first, then cosines, as in the authors' tensor2tensor and in Marian; the paper's formula interleaves them,
     which is the same up to a fixed permutation of channels.
+
+    Args:
+        dim: whose root it is.
     """
+
+    def __init__(self, dim: float) -> None:
+        super().__init__()
+        self.scale = math.sqrt(dim)
 
     def forward(self, hidden: Tensor, positions: Tensor) -> Tensor:
         angles = _angles(positions, _frequencies(hidden.shape[-1], 10000.0, positions.device))
         waves = torch.cat((angles.sin(), angles.cos()), dim=-1)
-        return hidden * math.sqrt(hidden.shape[-1]) + waves.to(hidden.dtype)
+        return hidden * self.scale + waves.to(hidden.dtype)
 
 
 class RelativePosition(nn.Module):
@@ -91,7 +98,7 @@ class RelativePosition(nn.Module):
         self.causal = causal
         self.n_buckets = config.relative_buckets
         self.max_distance = config.relative_distance
-        self.table = embedding(config, config.relative_buckets, config.n_heads, "hidden")
+        self.table = Embedding(config, config.relative_buckets, config.n_heads, "hidden")
 
     def forward(self, offsets: Tensor) -> Tensor:
         """Key place less query place [T, S] -> [1, H, T, S]."""

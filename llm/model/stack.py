@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from llm.model.block import Block
 from llm.model.cache import Cache
 from llm.model.config import TransformerConfig
-from llm.model.initialisation import embedding
+from llm.model.initialisation import Embedding
 from llm.model.mask import Mask, Places, add_bias, cross_mask, self_mask
 from llm.model.norm import build_norm
+from llm.model.parametrization import base_width
 from llm.model.position import LearnedPosition, RelativePosition, Rotation, SinusoidalPosition, build_rotation
 
 
@@ -39,8 +40,8 @@ class Stack(nn.Module):
         if config.position == "learned":
             self.position = LearnedPosition(config)
         elif config.position == "sinusoidal":
-            self.position = SinusoidalPosition()
-        self.segment = None if causal or not config.n_segments else embedding(config, config.n_segments, config.dim)
+            self.position = SinusoidalPosition(base_width(config, "dim"))
+        self.segment = None if causal or not config.n_segments else Embedding(config, config.n_segments, config.dim)
         self.embed_norm = build_norm(config, config.dim) if config.embed_norm else nn.Identity()
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.relative = RelativePosition(config, causal=causal) if config.position == "relative" else None

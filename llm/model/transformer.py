@@ -10,8 +10,9 @@ from llm.model.block import Block
 from llm.model.cache import Cache
 from llm.model.config import TransformerConfig
 from llm.model.head import Head, Transform
-from llm.model.initialisation import embedding, linear
+from llm.model.initialisation import Embedding, Linear
 from llm.model.mask import Places, Way
+from llm.model.parametrization import logits_scale
 from llm.model.stack import Memory, Stack
 
 
@@ -45,7 +46,8 @@ class Transformer(nn.Module):
             )
         self.config = config
         self.mask_way: Way = "dense"
-        self.embed = embedding(config, config.vocab_size, config.dim)
+        self.logits_scale = logits_scale(config)
+        self.embed = Embedding(config, config.vocab_size, config.dim)
         n_encoder, n_decoder = config.encoder_layers, config.decoder_layers
         self.encoder = Stack(config, causal=False, n_layers=n_encoder) if n_encoder else None
         self.decoder = Stack(config, causal=True, n_layers=n_decoder) if n_decoder else None
@@ -53,9 +55,9 @@ class Transformer(nn.Module):
         self.transform = Transform(config) if config.family == "encoder" and not classifies else None
         self.head = None if classifies else Head(config, config.vocab_size)
         pools = config.next_sentence or (classifies and config.label_of == "text")
-        self.pooler = linear(config, config.dim, config.dim, bias=True) if pools else None
-        self.next_sentence = linear(config, config.dim, 2, bias=True) if config.next_sentence else None
-        self.classifier = linear(config, config.dim, config.n_labels, bias=True) if config.n_labels else None
+        self.pooler = Linear(config, "dim", "dim", bias=True) if pools else None
+        self.next_sentence = Linear(config, "dim", 2, bias=True) if config.next_sentence else None
+        self.classifier = Linear(config, "dim", config.n_labels, bias=True) if config.n_labels else None
         self.dropout = nn.Dropout(config.dropout) if classifies and config.dropout else nn.Identity()
         self.tie()
 
@@ -131,8 +133,8 @@ class Transformer(nn.Module):
         assert self.head is not None, "model.n_labels is in the place of the vocabulary"
         if self.transform is not None:
             hidden = self.transform(hidden)
-        if self.config.scale_logits:
-            hidden = hidden * self.config.dim**-0.5
+        if self.logits_scale != 1.0:
+            hidden = hidden * self.logits_scale
         logits: Tensor = self.head(hidden)
         return logits if padded else logits[..., : self.config.vocab_size]
 

@@ -31,7 +31,7 @@ from llm.reduce import Reading, Sum, Totals, all_sum, clip_gradients, from_first
 
 # What a step counts and finds. nn.Module asks of everything that is set whether it is a parameter, a module or a
 # buffer, which takes microseconds each time.
-_OF_A_STEP = frozenset({"n_batches", "step_loss", "skipped", "trouble", "_watched"})
+_OF_A_STEP = frozenset({"n_batches", "lr", "step_loss", "skipped", "trouble", "_watched"})
 
 
 class Objective(L.LightningModule):
@@ -82,6 +82,7 @@ class Objective(L.LightningModule):
         self.adapter = adapter
         self.model: Transformer | None = None
         self.n_batches = 0  # batches consumed: where the data goes on after a restart
+        self.lr: float  # of the last step, where a parameter has no factor of its own
         self.step_loss: Sum  # sum and count of the last step, of this process
         self.skipped: str | None = None  # why the last step made no update
         self.trouble: Exception | None = None  # what ends this fit, on all processes
@@ -315,6 +316,7 @@ class Objective(L.LightningModule):
     def set_learning_rate(self, optimizer: LightningOptimizer) -> None:
         """A pure function of the batch number, so that nothing about it has to be saved."""
         factor = self.schedule(self.n_batches)
+        self.lr = self.optimizer_recipe.lr * factor
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 

@@ -15,6 +15,10 @@ class OptimizerRecipe(Protocol):
     """What `conf/optimizer` gives: hyper-parameters that build an optimizer once there are weights."""
 
     @property
+    def lr(self) -> float:
+        """The peak learning rate, which groups of parameters may have a factor of."""
+
+    @property
     def clip_norm(self) -> float | None:
         """Largest L2 norm of the gradient; None does not clip."""
 

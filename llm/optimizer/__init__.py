@@ -40,9 +40,9 @@ class AdamW:
         """The torch optimizer over `model`'s parameters."""
         import torch
 
-        from llm.optimizer.groups import decay_groups
+        from llm.optimizer.groups import adamw_factor, at_their_rates, decay_groups
 
-        groups = decay_groups(model, self.weight_decay)
+        groups = at_their_rates(model, decay_groups(model, self.weight_decay), self.lr, adamw_factor)
         return torch.optim.AdamW(groups, lr=self.lr, betas=_pair(self.betas), eps=self.eps, fused=True)
 
 

@@ -36,10 +36,11 @@ class Muon(Optimizer):
     in rounds that bound what it holds of other processes' parts.
     """
 
-    def __init__(self, matrices: Iterable[Tensor], *, lr: float, weight_decay: float, momentum: float) -> None:
+    def __init__(
+        self, matrices: Iterable[Tensor] | Iterable[dict[str, Any]], *, lr: float, weight_decay: float, momentum: float
+    ) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self._planned: list[Tensor] = []  # for these matrices
-        self._rounds: list[_Round] = []
+        self._plans: dict[int, tuple[list[int], list[_Round]]] = {}  # of each group: for which matrices, and the plan
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -48,22 +49,27 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        for group in self.param_groups:
-            self._step([matrix for matrix in group["params"] if matrix.grad is not None], group)
+        for number, group in enumerate(self.param_groups):
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            if matrices:
+                self._step(matrices, group, self._plan(number, matrices))
         return result
 
-    def _step(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        if not matrices:
-            return
-        if [id(matrix) for matrix in matrices] != [id(matrix) for matrix in self._planned]:
-            self._planned, self._rounds = matrices, plan(matrices)
+    def _plan(self, number: int, matrices: list[Tensor]) -> list[_Round]:
+        """That of the group of this number, made anew when other matrices of it have gradients."""
+        ids = [id(matrix) for matrix in matrices]
+        if number not in self._plans or self._plans[number][0] != ids:
+            self._plans[number] = ids, plan(matrices)
+        return self._plans[number][1]
+
+    def _step(self, matrices: list[Tensor], group: dict[str, Any], rounds: list[_Round]) -> None:
         momentum, lr = group["momentum"], group["lr"]
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix, requires_grad=False)
         torch._foreach_lerp_(self._momenta(matrices), _gradients(matrices), 1 - momentum)
         torch._foreach_mul_([own_part(matrix) for matrix in matrices], 1 - lr * group["weight_decay"])
-        for matrices, owned in self._rounds:
+        for matrices, owned in rounds:
             given = [matrices[i] for i in owned.given]
             nesterov = torch._foreach_lerp(_gradients(given), self._momenta(given), momentum) if given else ()
             updates = owned.spread(orthogonalise(owned.collect(nesterov)))

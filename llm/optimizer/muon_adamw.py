@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from llm.optimizer.groups import decay_groups, hidden_matrices
+from llm.optimizer.groups import adamw_factor, at_their_rates, decay_groups, hidden_matrices, muon_factor
 from llm.optimizer.muon import Muon
 
 
@@ -31,12 +31,14 @@ class MuonAdamW(Optimizer):
     ) -> None:
         matrices = hidden_matrices(model)
         taken = {id(p) for p in matrices}
-        muon = Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        hidden = at_their_rates(model, [{"params": matrices, "weight_decay": weight_decay}], lr, muon_factor)
+        muon = Muon(hidden, lr=lr, weight_decay=weight_decay, momentum=momentum)
         rest = [
             {**group, "params": [p for p in group["params"] if id(p) not in taken]}
             for group in decay_groups(model, weight_decay)
         ]
-        adamw = torch.optim.AdamW([group for group in rest if group["params"]], lr=lr, betas=betas, eps=eps, fused=True)
+        rest = at_their_rates(model, rest, lr, adamw_factor)
+        adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=True)
         self.inner: dict[str, Optimizer] = {"muon": muon, "adamw": adamw}
         groups = [
             {"algorithm": name, **group} for name, optimizer in self.inner.items() for group in optimizer.param_groups

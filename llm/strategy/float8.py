@@ -37,8 +37,9 @@ def convert(network: Transformer, *, emulate: bool = False) -> None:
         convert_to_float8_training(block, config=config)
         for name, module in plain.items():
             converted: Any = block.get_submodule(name)
-            # It has forgotten where our weights start.
-            converted.std, converted.truncated = module.std, module.truncated
+            # It has forgotten where our weights start, and how fast they go.
+            for kept in ("std", "truncated", "base_shape"):
+                setattr(converted, kept, getattr(module, kept))
             converted.reset_parameters = MethodType(Linear.reset_parameters, converted)
 
 

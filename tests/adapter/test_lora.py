@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from llm.adapter import Lora
 from llm.checkpoint import CheckpointError, export_folder, load, put_on, write_peft
 from llm.config import ConfigError
 from llm.model import Transformer, TransformerConfig
+from llm.optimizer import AdamW
 from llm.run import run
 from tests.ranks import run_on_ranks
 from tests.runs import Compose, run_composed, saved
@@ -31,6 +33,19 @@ def logits(model: Transformer) -> torch.Tensor:
 def base(compose_run: Compose, tmp_path: Path) -> Path:
     run(compose_run(*LLAMA, "trainer.max_steps=2", "schedule.warmup_steps=0", f"run_dir={tmp_path / 'base'}"))
     return tmp_path / "base"
+
+
+@pytest.mark.parametrize("growth", [1, 4])
+def test_only_what_reads_the_width_is_slower_in_a_wide_network(growth: int) -> None:
+    """Under mup: of A the inputs grow, of B, which reads r numbers, they do not (Hayou et al. 2024)."""
+    config = TransformerConfig(dim=32, n_layers=1, n_heads=2, max_length=32, vocab_size=257, ffn_dim=64)
+    model = Transformer(replace(config, parametrization="mup", base_dim=32 // growth))
+    Lora(layers=["query", "down"]).attach(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = AdamW(lr=1e-2).build(model).param_groups
+    rates = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+    assert len(rates) == 4
+    assert all(rate == pytest.approx(1e-2 / (growth if "lora_A" in name else 1)) for name, rate in rates.items())
 
 
 def test_it_starts_as_the_network_that_it_is_put_on() -> None:

@@ -159,6 +159,22 @@ def test_what_is_worked_on_at_once_is_bounded(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(bounded.state_dict(), ours.state_dict(), rtol=0, atol=LAST_PLACE)
 
 
+def test_groups_of_other_rates_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under mup, where not all widths grow alike."""
+    network = model(parametrization="mup", base_dim=8, base_ffn_dim=32)
+    optimizer = MuonAdamW(lr=1e-2).build(network)
+    groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
+    assert len(groups) == 2  # from dim to anything, and from the feed-forward back
+    assert [group["lr"] * group["weight_decay"] for group in groups] == pytest.approx([1e-3, 1e-3])
+    planned: list[int] = []
+    made = muon.plan
+    monkeypatch.setattr(muon, "plan", lambda matrices: planned.append(len(matrices)) or made(matrices))
+    for step in range(3):
+        give_gradients(network.parameters(), step)
+        optimizer.step()
+    assert planned == [len(group["params"]) for group in groups]
+
+
 def test_a_matrix_without_a_gradient_stays() -> None:
     network = model()
     optimizer = MuonAdamW(lr=1e-2).build(network)

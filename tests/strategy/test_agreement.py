@@ -161,6 +161,15 @@ def test_same_losses_with_muon(runs: Runs, name: str) -> None:
     assert_agree(runs(1, "optimizer=muon"), runs(n, "optimizer=muon", *strategy), tolerance=2e-3, weights=2e-2)
 
 
+def test_same_losses_under_mup(runs: Runs) -> None:
+    """With rates of their own for weights that are spread by two axes."""
+    mup = ["model.parametrization=mup", "model.base_dim=16", "+model.base_ffn_dim=48"]
+    n, strategy = STRATEGIES["fsdp+tp 2x2"]
+    single = runs(1, *mup)
+    assert not torch.equal(single.losses, runs(1).losses)
+    assert_agree(single, runs(n, *mup, *strategy), tolerance=1e-5, weights=1e-4)
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("name", ["ddp x2", "fsdp x2", "fsdp+tp 2x2"])
 def test_same_losses_in_bfloat16(runs: Runs, name: str, precision: str) -> None:

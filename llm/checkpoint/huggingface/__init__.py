@@ -2,6 +2,7 @@
 
 from llm.checkpoint.huggingface import settings
 from llm.checkpoint.huggingface.folder import configuration, is_folder, read, tokenizer_of, write
+from llm.checkpoint.huggingface.multipliers import folded
 from llm.checkpoint.huggingface.weights import HEADS, Translated
 
-__all__ = ["HEADS", "Translated", "configuration", "is_folder", "read", "settings", "tokenizer_of", "write"]
+__all__ = ["HEADS", "Translated", "configuration", "folded", "is_folder", "read", "settings", "tokenizer_of", "write"]

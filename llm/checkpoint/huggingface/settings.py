@@ -155,8 +155,10 @@ def _from_weights(config: TransformerConfig, architecture: Architecture) -> dict
 def meaning(config: TransformerConfig) -> dict[str, Any]:
     """What a network computes: defaults resolved, keys that do nothing left out, and those of training too."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    for key in ("dropout", "initialisation", "global_every"):
+    for key in ("dropout", "initialisation", "global_every", "base_ffn_dim"):
         del values[key]
+    if config.growth == 1:  # then mup is the standard parametrization
+        values |= {"parametrization": "standard", "base_dim": None}
     values |= {"n_kv_heads": config.kv_heads, "head_dim": config.head_width, "ffn_dim": config.ffn_width}
     values["n_decoder_layers"] = config.decoder_layers if config.family == "encoder_decoder" else None
     values["windows"] = tuple(config.has_window(layer) for layer in range(config.n_layers))

@@ -82,7 +82,7 @@ def from_theirs(
 def to_theirs(
     state: Mapping[str, Tensor], theirs: Settings, architecture: Architecture, config: TransformerConfig
 ) -> Weights:
-    """All weights under their names; a tied one once, as transformers writes it.
+    """All weights under their names; of a tied embedding each once, as transformers writes it.
 
     Raises:
         CheckpointError: naming each weight that has no name there, or is not there.
@@ -101,6 +101,8 @@ def to_theirs(
             if row.offset:
                 whole = torch.cat((whole.new_zeros(architecture.offset(theirs), whole.shape[1]), whole))
             out[name] = (whole.unsqueeze(0) if row.flat else whole).contiguous()
+    if not config.tie_embeddings:  # then transformers ties nothing, what has two names there is read under both
+        out |= {copy: out[source].clone() for copy, source in architecture.copies.items() if source in out}
     missing = [name for name in expected(config) if name not in state]
     if left or missing:
         lines = [f"{name}: has no name in {architecture.model_type}" for name in left]
@@ -172,7 +174,7 @@ def _without_tables(left: Weights, config: TransformerConfig) -> list[str]:
     mistakes = []
     for name in [name for name in left if name.endswith("embed_positions.weight")]:
         table = left.pop(name)
-        waves = SinusoidalPosition()(torch.zeros(1, *table.shape), torch.arange(len(table)))[0]
+        waves = SinusoidalPosition(table.shape[1])(torch.zeros(1, *table.shape), torch.arange(len(table)))[0]
         if not torch.allclose(table.float(), waves, atol=1e-3):
             mistakes.append(f"{name}: not the sines and cosines that it must hold")
     return mistakes
