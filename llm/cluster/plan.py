@@ -18,7 +18,7 @@ import torch
 from llm.cluster.scaling import H100_ETHERNET, H100_INFINIBAND, Cluster, StepTime, step_time, update_s
 from llm.cluster.subject import Stated, Subject, is_prepared
 from llm.cluster.trace import peak
-from llm.cluster.traffic import bytes_by_kind, stages
+from llm.cluster.traffic import Layout, bytes_by_kind, stages
 from llm.code import ROOT
 from llm.hardware import Gpu, gpu_named
 from llm.model import Transformer
@@ -200,9 +200,9 @@ def _records(gpu: Gpu) -> Iterator[tuple[str, float, float]]:
             yield name, float(size[1]) * {"M": 1e6, "B": 1e9}[size[2]], float(mfu[1]) / 100
 
 
-def timed(subject: Subject, stated: Stated, tokens_per_s: float) -> StepTime:
-    """One step of all processes, by the model of docs/scaling.md."""
-    layout, strategy = subject.layout, subject.strategy
+def timed(subject: Subject, stated: Stated, tokens_per_s: float, layout: Layout | None = None) -> StepTime:
+    """One step of all processes, by the model of docs/scaling.md; `layout` if it is not the subject's."""
+    layout, strategy = layout or subject.layout, subject.strategy
     compute = (layout.micro_batch_tokens + layout.source_tokens) / tokens_per_s / layout.tensor_size
     cluster = cluster_like(subject, stated)
     recompute = strategy.checkpointing == "full"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omegaconf import OmegaConf
 
 from llm.cluster.plan import device_speed, timed, usable
 from llm.cluster.subject import Stated, Subject, subject
-from llm.cluster.trace import peak
+from llm.cluster.trace import Moments, peak
 from llm.command import CONF
 from llm.config import ConfigError
 
@@ -27,12 +28,14 @@ class Setting:
         tokens_per_s: of all devices, by the model of docs/scaling.md.
         efficiency: of the same model.
         memory_bytes: that a process needs.
+        n_micro_batches: of a step.
     """
 
     changes: Changes
     tokens_per_s: float
     efficiency: float
     memory_bytes: float
+    n_micro_batches: int
 
 
 def search(planned: Subject, stated: Stated) -> list[Setting]:
@@ -46,12 +49,10 @@ def search(planned: Subject, stated: Stated) -> list[Setting]:
         raise ConfigError(["--search: of which device? - give --gpu NAME, or cluster.memory and --tokens-per-s N"])
     found: list[Setting] = []
     for strategy in _strategies(planned):
-        for checkpointing in _CHECKPOINTING:
-            changes = (*strategy, f"strategy.checkpointing={checkpointing}")
-            settings = list(_fitting(planned, changes, stated))
-            found += sorted(settings, key=_slowness)[:1]
-            if settings and settings[0].changes[-1] == f"data.micro_batch_size={_share(planned, changes, stated)}":
-                break  # all rows at once fit already
+        found += _of_strategy(planned, strategy, stated)
+    if not any(setting.changes[1] == "strategy.checkpointing=none" for setting in found):
+        for strategy in _tensor_parallel(planned):  # for models of which one row is too much
+            found += _of_strategy(planned, strategy, stated)
     return sorted(found, key=_slowness)[:_SHOWN]
 
 
@@ -62,7 +63,6 @@ def _slowness(setting: Setting) -> tuple[float, float]:
 def _strategies(planned: Subject) -> Iterator[Changes]:
     """Ways to lay out these processes that train the same numbers."""
     n_nodes = int(planned.cfg.trainer.num_nodes)
-    per_node = planned.world_size // n_nodes
     if planned.world_size == 1:
         yield ("strategy=single",)
         return
@@ -72,13 +72,29 @@ def _strategies(planned: Subject) -> Iterator[Changes]:
     yield ("strategy=fsdp", "strategy.reshard_after_forward=false")
     if n_nodes > 1:
         yield ("strategy=fsdp", f"strategy.replicate_size={n_nodes}")
+
+
+def _tensor_parallel(planned: Subject) -> Iterator[Changes]:
+    """Within a node."""
+    per_node = planned.world_size // int(planned.cfg.trainer.num_nodes)
     for size in (2, 4, 8):
-        if per_node % size == 0:
+        if per_node > 1 and per_node % size == 0:
             yield ("strategy=fsdp", f"strategy.tensor_parallel_size={size}")
 
 
-def _varied(planned: Subject, changes: Changes, stated: Stated) -> Subject | None:
-    """The run with these changes; None if its groups do not agree any more."""
+def _of_strategy(planned: Subject, strategy: Changes, stated: Stated) -> Iterator[Setting]:
+    """The fastest with each way of checkpointing."""
+    for checkpointing in _CHECKPOINTING:
+        changes = (strategy[0], f"strategy.checkpointing={checkpointing}", *strategy[1:])
+        settings = list(_fitting(planned, changes, stated))
+        if settings:
+            yield min(settings, key=_slowness)
+            if settings[-1].n_micro_batches == 1:
+                return  # all rows at once fit already
+
+
+def _varied(planned: Subject, changes: Changes, stated: Stated, n_rows: int) -> Subject | None:
+    """The run with these changes and micro-batches; None if its groups do not agree any more."""
     cfg = planned.cfg.copy()
     OmegaConf.set_struct(cfg, False)
     for key, _, value in (change.partition("=") for change in changes):
@@ -90,6 +106,7 @@ def _varied(planned: Subject, changes: Changes, stated: Stated) -> Subject | Non
                 cfg.strategy.compile = "blocks"
         else:
             OmegaConf.update(cfg, key, _parsed(value))
+    cfg.data.micro_batch_size = n_rows
     try:
         return subject(cfg, stated)
     except ConfigError:
@@ -100,32 +117,39 @@ def _parsed(text: str) -> int | bool | str:
     return int(text) if text.isdecimal() else text == "true" if text in ("true", "false") else text
 
 
-def _share(planned: Subject, changes: Changes, stated: Stated) -> int:
-    """Rows of a step on each process."""
-    varied = _varied(planned, (*changes, "data.micro_batch_size=1"), stated)
-    return 0 if varied is None else varied.data.batch_size // varied.n_data
-
-
 def _fitting(planned: Subject, changes: Changes, stated: Stated) -> Iterator[Setting]:
-    """Each micro-batch that fits, the largest first: what one takes of memory grows with it, so the largest is found by
-    halving, and the others are not looked at again."""
-    share = _share(planned, changes, stated)
-    sizes = [n for n in range(1, share + 1) if share % n == 0]
-    low, high, largest = 0, len(sizes), None
-    while low < high:
-        middle = high - 1 if largest is None and high == len(sizes) else (low + high) // 2
-        varied = _varied(planned, (*changes, f"data.micro_batch_size={sizes[middle]}"), stated)
-        if varied is not None and sum(peak(varied.moments)[1].values()) <= (usable(varied) or 0):
-            low, largest = middle + 1, varied
-        else:
-            high = middle
-    if largest is None:
+    """Each micro-batch that fits, the smallest first.
+
+    Each moment grows in a straight line with the rows of a micro-batch, so two are traced; and that of all rows, which
+    is alone in its step.
+    """
+    one = _varied(planned, changes, stated, 1)
+    speed = None if one is None else device_speed(one, stated)
+    if one is None or speed is None:
         return
-    memory = sum(peak(largest.moments)[1].values())
-    for n in reversed(sizes[:low]):
-        varied = _varied(planned, (*changes, f"data.micro_batch_size={n}"), stated)
-        speed = None if varied is None else device_speed(varied, stated)
-        if varied is not None and speed is not None:
-            time = timed(varied, stated, speed[0])
-            tokens_per_s = varied.layout.tokens / time.seconds
-            yield Setting((*changes, f"data.micro_batch_size={n}"), tokens_per_s, time.efficiency, memory)
+    share = one.data.batch_size // one.n_data
+    two = _varied(planned, changes, stated, 2) if share % 2 == 0 and share > 2 else None
+    for n in (n for n in range(1, share + 1) if share % n == 0):
+        if n == 1 or (two is not None and n < share):
+            memory = max(_line(one.moments, None if two is None else two.moments, moment, n) for moment in one.moments)
+        else:
+            whole = _varied(planned, changes, stated, n)
+            memory = math.inf if whole is None else sum(peak(whole.moments)[1].values())
+        if memory <= (usable(one) or 0):
+            layout = one.layout
+            layout = replace(
+                layout,
+                n_micro_batches=share // n,
+                micro_batch_tokens=n * layout.micro_batch_tokens,
+                source_tokens=n * layout.source_tokens,
+                scored_tokens=n * (layout.scored_tokens or 0),
+            )
+            time = timed(one, stated, speed[0], layout)
+            made = (*changes, f"data.micro_batch_size={n}")
+            yield Setting(made, layout.tokens / time.seconds, time.efficiency, memory, share // n)
+
+
+def _line(one: Moments, two: Moments | None, moment: str, n: int) -> float:
+    """Of n rows, from what one and two need."""
+    first = sum(one[moment].values())
+    return first if two is None else first + (n - 1) * (sum(two[moment].values()) - first)

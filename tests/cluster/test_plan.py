@@ -163,6 +163,9 @@ def test_a_checkpoint_is_as_large_as_one(tmp_path: Any, texts: Any) -> None:
 
 H100S = ["cluster=gpu", "cluster.gpu_type=h100", "data=text", "data.sources.text.path=x", "logger=none"]
 
+TOO_LARGE = ["cluster.gpus_per_node=1", "tokenizer=bytes", "model=llama_1b", "data.max_length=8192"]
+TOO_LARGE += ["model.max_length=8192", "data.batch_size=32", "data.micro_batch_size=32"]
+
 
 @pytest.mark.parametrize(
     ("run", "problem", "remedy"),
@@ -176,8 +179,7 @@ H100S = ["cluster=gpu", "cluster.gpu_type=h100", "data=text", "data.sources.text
             ("data.batch_size=32",),
         ),
         (
-            [*H100S, "cluster.gpus_per_node=1", "tokenizer=bytes", "model=llama_1b", "data.max_length=8192"]
-            + ["model.max_length=8192", "data.batch_size=32", "data.micro_batch_size=32"],
+            [*H100S, *TOO_LARGE],
             "a process needs",
             None,
         ),
