@@ -68,6 +68,17 @@ class State:
         return self.name in _LIVE
 
 
+def tasks(text: str) -> list[int]:
+    """The numbers of what SLURM writes for tasks of an array that wait together: 0,4-6%2, or 0-6:3."""
+    numbers: list[int] = []
+    for part in text.partition("%")[0].split(","):
+        ends, _, stride = part.partition(":")
+        first, _, last = ends.partition("-")
+        if first.isdecimal():
+            numbers += range(int(first), int(last or first) + 1, int(stride or 1))
+    return numbers
+
+
 def submissions(run_dir: Path) -> list[tuple[Path, Submission]]:
     """The jobs of a run, and their folders, oldest first."""
     found = []
