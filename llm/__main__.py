@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llm.cluster import commands as cluster
 from llm.command import CONF, Parser, beside, compose
+from llm.sweep import commands as sweep
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -320,6 +321,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "average": average_weights,
     "audit": audit,
     "verify": verify,
+    "report": sweep.report,
     "submit": cluster.submit,
     "status": cluster.status,
     "logs": cluster.logs,

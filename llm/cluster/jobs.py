@@ -61,6 +61,7 @@ class State:
     nodes: str = ""
     restarts: int = 0
     task: str = ""
+    code: int | None = None  # the exit code of the batch shell, if it left with one
 
     @property
     def live(self) -> bool:
@@ -234,4 +235,5 @@ def _parsed(row: str) -> State:
         "" if nodes == "(null)" else nodes,
         int(words.get("Restarts", 0)),
         words.get("ArrayTaskId", ""),
+        int(words.get("ExitCode", "0:0").partition(":")[0]) or None,
     )

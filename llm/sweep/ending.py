@@ -13,11 +13,11 @@ from llm.sweep.outcome import outcomes
 from llm.sweep.record import FILE
 from llm.sweep.table import table
 
-FAILED = 1  # exit code of a sweep with jobs that are not done
+FAILED = 1  # exit code of a sweep with jobs that came to no good end
 
 
 class Ending(Callback):
-    """Print the table, and leave with 1 unless all jobs are done."""
+    """Print the table, and leave with 1 if jobs failed, or were interrupted."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """After the last job."""
@@ -27,5 +27,5 @@ class Ending(Callback):
         contents, found = outcomes(folder)
         print(table(contents, found))
         print(f"python -m llm report {folder} draws it")
-        if not all(job.done for job in found):
+        if any(job.status in ("failed", "interrupted") for job in found):  # others are at work for another process
             sys.exit(FAILED)

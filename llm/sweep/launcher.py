@@ -132,6 +132,18 @@ class Processes(Launcher):
             raise ConfigError([line("-m", "", rule, "python train.py -m … starts processes for each")])
 
 
+def last_line(log: Path) -> str:
+    """What a job said last: of a mistake in its command line, the mistake. What batch scripts say is not the job's."""
+    try:
+        text = log.read_bytes()[-4096:].decode(errors="replace")
+    except OSError:
+        return ""
+    lines = [
+        line for line in text.splitlines() if line.strip() and not line.startswith(("== ", "srun: ", "slurmstepd: "))
+    ]
+    return lines[-1].strip() if lines else ""
+
+
 def written(text: Any) -> str:
     """A value as an override has it: quoted where Hydra's grammar would read something else."""
     plain = str(text)

@@ -15,7 +15,7 @@ from annotated_types import Ge
 from llm.config.mistake import ConfigError, line
 from llm.launch import die_with_parent, program, signal_numbers
 from llm.signals import TOLD, preempted
-from llm.sweep.launcher import End, Processes
+from llm.sweep.launcher import End, Processes, last_line
 from llm.sweep.record import Job
 
 
@@ -104,7 +104,7 @@ class Local(Processes):
             code = one.process.poll()
             if code is not None:
                 del running[place]
-                self.over(one.job, End(code if code >= 0 else 128 - code, _last_line(one.log) if code else ""))
+                self.over(one.job, End(code if code >= 0 else 128 - code, last_line(one.log) if code else ""))
 
     def _environment(self, place: int) -> dict[str, str]:
         """Of the jobs in one place."""
@@ -129,11 +129,3 @@ def _share(cores: list[int], place: int, n_places: int) -> list[int]:
     """Neighbouring cores for one of the places; where there are fewer than places, some have the same."""
     first, after = (len(cores) * n // n_places for n in (place, place + 1))
     return cores[first:after] or [cores[first % len(cores)]]
-
-
-def _last_line(log: Path) -> str:
-    """What a job said last: of a mistake in its command line, the mistake."""
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1].strip() if lines else ""

@@ -74,6 +74,7 @@ def _of_finished(number: int, run_dir: Path, metric: str, end: dict[str, Any]) -
 
 def _of_unfinished(number: int, run_dir: Path, metric: str, code: int | None, cause: str) -> Outcome:
     """One that can go on, or that failed."""
+    cause = cause or "left neither exit.json nor a word"
     status: Status = "interrupted" if code in (SAVED, LOST, INTERRUPTED) else "failed"
     return Outcome(number, status, code, cause, _newest(run_dir, metric))
 

@@ -13,7 +13,7 @@ from omegaconf import open_dict
 
 from llm.launch import signal_numbers
 from llm.signals import preempted
-from llm.sweep.launcher import End, Processes
+from llm.sweep.launcher import End, Processes, last_line
 from llm.sweep.record import Job
 
 if TYPE_CHECKING:
@@ -50,10 +50,11 @@ class Slurm(Processes):
                 self.begun(job, folder / f"log-{job.number}.txt", f"submitted as task {array}_{job.number}")
                 waiting[job.number] = array, folder
         with signal_numbers() as numbers:
-            self._wait({number: array for number, (array, _) in waiting.items()}, by_number, numbers)
+            self._wait(waiting, by_number, numbers)
 
-    def _wait(self, arrays: dict[int, str], jobs: dict[int, Job], numbers: socket.socket) -> None:
+    def _wait(self, waiting: dict[int, tuple[str, Path]], jobs: dict[int, Job], numbers: socket.socket) -> None:
         """Until each task has ended, telling of each as it does."""
+        arrays = {number: array for number, (array, _) in waiting.items()}
         unknown = dict.fromkeys(arrays, 0)
         seen: dict[int, str] = {}
         while arrays:
@@ -70,11 +71,7 @@ class Slurm(Processes):
                     seen[number] = state.name
                 elif state is not None or unknown[number] >= _ASKS:
                     del arrays[number]
-                    self.over(jobs[number], End(None, self._cause(number, state)))
-
-    def _cause(self, number: int, state: State | None) -> str:
-        """What SLURM says, for a job that could not say anything itself."""
-        return "SLURM has forgotten it" if state is None else f"{state.name} {state.reason}".rstrip()
+                    self.over(jobs[number], _end(state, waiting[number][1] / f"log-{number}.txt"))
 
     def _sleep(self, numbers: socket.socket) -> None:
         """Until it is time to ask again.
@@ -129,3 +126,12 @@ class Slurm(Processes):
         commands = {job.number: self.arguments(job) for job in jobs}
         made = array(self.name, self.folder, commands, configs, self.n_jobs)
         return submit(made).job, made.folder
+
+
+def _end(state: State | None, log: Path) -> End:
+    """What SLURM says of a task that has ended, and the task's log, for a job that left no exit.json."""
+    if state is None:
+        return End(None, "SLURM has forgotten it")
+    if state.code is None:
+        return End(None, f"{state.name} {state.reason}".rstrip())
+    return End(state.code, last_line(log))
