@@ -47,7 +47,7 @@ def study(path: str = "runs/a/study.journal", name: str = "a") -> optuna.Study:
         ("seed=range(3, 0, -1)", CategoricalDistribution([3, 2, 1])),
         ("seed=range(0, 1)", CategoricalDistribution([0])),
         ("model=small,large", CategoricalDistribution(["small", "large"])),
-        ("+data.note=choice('a b', c)", CategoricalDistribution(["'a b'", "c"])),
+        ("+data.note=choice('a b', c)", CategoricalDistribution(["a\\ b", "c"])),
     ],
 )
 def test_what_is_drawn_from(override: str, wanted: optuna.distributions.BaseDistribution) -> None:
