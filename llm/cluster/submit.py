@@ -73,6 +73,8 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
         raise ConfigError(mistakes)
     n_tasks = len(swept) if kind == "sweep" else n_shares
     frozen = [] if kind in ("prepare", "sweep") else name.overrides
+    if kind == "sweep":  # each task is called after the sweep and its own number
+        arguments = [text for text in arguments if not text.startswith("run_name=")]
     own, kept = _own_files(arguments, run_dir / jobs.FOLDER / kind)
     return Job(kind, name.name, run_dir, [*kept, *frozen], _sized(cluster, kind), n_tasks, jobs_before, cfg, own)
 
@@ -231,8 +233,15 @@ class _Name:
 def _named(cfg: DictConfig, kind: Kind) -> _Name:
     """What the run is called: by its user, or a name that is made now and told the job."""
     made = os.environ["LLM_RUN_ID"]
-    name = made if kind == "sweep" else f"prepare-{made}" if kind == "prepare" else str(cfg.run_name)
-    return _Name(name, [f"run_name={name}"] if name == made else [], _nameable(name, Path(str(cfg.run_dir))))
+    named = str(cfg.run_name)
+    if kind == "sweep":  # of which the configuration is that of job 0, called after it unless the user named the sweep
+        named = named.removesuffix("/0") if named == f"{made}/0" else named
+    name = f"prepare-{made}" if kind == "prepare" else named
+    mistakes = _nameable(name, Path(str(cfg.run_dir)))
+    if kind == "sweep" and str(cfg.run_dir) not in (f"runs/{name}", f"runs/{name}/0"):
+        rule, remedy = "is one directory, and each task needs one", "python train.py -m hydra/launcher=slurm has it so"
+        mistakes.append(line("run_dir", str(cfg.run_dir), rule, remedy))
+    return _Name(name, [f"run_name={name}"] if name == made else [], mistakes)
 
 
 def _nameable(name: str, run_dir: Path) -> list[str]:

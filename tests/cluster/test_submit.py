@@ -293,6 +293,11 @@ def test_a_sweep_is_hydras(site: Path, capsys: pytest.CaptureFixture[str]) -> No
     script = written(job)
     assert directives(script)["array"] == "0-1"
     assert f"LLM_SWEEP_ID={shlex.quote(job.name)}" in script
+    named = submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3", "run_name=lr"])
+    assert (named.name, named.run_dir, "run_name=lr" in named.arguments) == ("lr", Path("runs/lr"), False)
+    assert "LLM_SWEEP_ID=lr" in written(named)
+    with pytest.raises(ConfigError, match="run_dir: here - is one directory, and each task needs one - python train"):
+        submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3", "run_dir=here"])
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 'fast'"):
         submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,fast"])
 
