@@ -13,7 +13,7 @@ from tests.cluster.box import BOX, PACED, TINY, Box, cpu, lines
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 COMMAND = [
-    *("python", "train.py", "-m", "hydra/launcher=slurm", "hydra.launcher.poll_s=1", *cpu(1, 2), *TINY, *PACED),
+    *("python", "train.py", "-m", "hydra/launcher=slurm", "hydra.launcher.poll_s=1", *cpu(2, 1), *TINY, *PACED),
     *("run_name=four", "strategy=ddp", "trainer.max_steps=15", "optimizer.lr=1e-3,2e-3,1e30,3e-3"),
 ]
 
@@ -27,7 +27,7 @@ def begin(box: Box, told: Path) -> subprocess.Popen[bytes]:
 
 
 def test_a_sweep_fills_its_table(box: Box, tmp_path: Path) -> None:
-    """4 jobs x 2 ranks: one diverges, one is queued again, the controller restarts, and who waits for them
+    """4 jobs x 2 ranks, on two nodes each: one diverges, one is queued again, the controller restarts, and who waits for them
     is killed and started again."""
     told, again = tmp_path / "told", tmp_path / "again"
     first, folder = begin(box, told), box.run_dir("four") / "jobs/sweep-0"

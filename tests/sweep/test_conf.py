@@ -48,40 +48,47 @@ def test_every_file_is_a_plugin(group: str, choice: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs: 0 - must be a whole number at least 1"),
-        (["hydra.launcher.n_job=2"], "hydra.launcher.n_job: 2 - no such key - did you mean hydra.launcher.n_jobs?"),
-        (["hydra/launcher=slrum"], "hydra/launcher: slrum - no such choice - did you mean hydra/launcher=slurm?"),
-        (["hydra/launcher=slurm", "hydra.launcher.poll_s=0"], "hydra.launcher.poll_s: 0 - must be a number greater"),
-        (["+hydra.launcher.gpus=1"], "hydra.launcher.gpus: 1 - llm.sweep.Local has no such argument - it takes"),
+        (["hydra/launcher=slrum"], ["hydra/launcher: slrum - no such choice - did you mean hydra/launcher=slurm?"]),
         (
-            ["hydra/sweeper=optuna", "hydra.sweeper.sampler=tp"],
-            "hydra.sweeper.sampler: 'tp' - must be 'tpe' or 'cmaes'",
+            [
+                *("hydra.launcher.n_jobs=0", "hydra.launcher.n_job=2", "+hydra.launcher.gpus=1", "run_name=a,b"),
+                *("run_dir='x/${hydra:job.num}'", "optimizer.lr=interval(0.1,1)", "model.dmi=1"),
+            ],
+            [
+                "hydra.launcher.n_jobs: 0 - must be a whole number at least 1",
+                "hydra.launcher.n_job: 2 - no such key - did you mean hydra.launcher.n_jobs?",
+                "hydra.launcher.gpus: 1 - llm.sweep.Local has no such argument - it takes",
+                "run_name: a,b - names a sweep, whose jobs are that/0, that/1, … - give one",
+                "run_dir: 'x/${hydra:job.num}' - names a sweep, whose jobs are that/0",
+                "optimizer.lr: interval(0.1,1) - values are drawn from it by a sweeper - add hydra/sweeper=optuna",
+                "model.dmi: 1 - no such key",
+            ],
         ),
         (
-            ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=1.5"],
-            "hydra.sweeper.n_trials: 1.5 - must be a whole number",
+            [
+                *(
+                    "hydra/launcher=slurm",
+                    "hydra/sweeper=optuna",
+                    "hydra.launcher.poll_s=0",
+                    "hydra.sweeper.sampler=tp",
+                ),
+                *("hydra.sweeper.n_trials=1.5", "optimizer.lr=interval(-1,1)", "optimizer.lrr=interval(1,2)"),
+            ],
+            [
+                "hydra.launcher.poll_s: 0 - must be a number greater than 0",
+                "hydra.sweeper.sampler: 'tp' - must be 'tpe' or 'cmaes'",
+                "hydra.sweeper.n_trials: 1.5 - must be a whole number",
+                "optimizer.lr: -1.0 - must be a number greater than 0",
+                "optimizer.lrr: 1.0 - no such key - did you mean",
+            ],
         ),
-        (["run_name=a,b"], "run_name: a,b - names a sweep, whose jobs are that/0, that/1, … - give one"),
-        (["run_dir='x/${hydra:job.num}'"], "run_dir: 'x/${hydra:job.num}' - names a sweep, whose jobs are that/0"),
-        (
-            ["optimizer.lr=interval(0.1,1)"],
-            "optimizer.lr: interval(0.1,1) - values are drawn from it by a sweeper - add",
-        ),
-        (
-            ["hydra/sweeper=optuna", "optimizer.lr=interval(-1,1)"],
-            "optimizer.lr: -1.0 - must be a number greater than 0",
-        ),
-        (["hydra/sweeper=optuna", "optimizer.lrr=interval(1,2)"], "optimizer.lrr: 1.0 - no such key - did you mean"),
     ],
+    ids=["choice", "local", "optuna on slurm"],
 )
-def test_what_is_wrong(overrides: list[str], told: str) -> None:
-    assert any(text.startswith(told) for text in mistakes(*overrides)), mistakes(*overrides)
-
-
-def test_all_at_once() -> None:
-    found = mistakes("hydra.launcher.n_jobs=x", "model.dmi=1,2", "run_name=a,b", "optimizer.lr=interval(1,2)")
-    keys = {text.partition(":")[0] for text in found}
-    assert keys == {"optimizer.lr", "model.dmi", "hydra.launcher.n_jobs", "run_name"}
+def test_what_is_wrong_is_said_at_once(overrides: list[str], told: list[str]) -> None:
+    found = mistakes(*overrides)
+    missing = [text for text in told if not any(line.startswith(text) for line in found)]
+    assert not missing, found
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,10 @@ def test_twelve_jobs_find_a_planted_optimum(sweep: Sweep) -> None:
     assert code == 0
     assert len(ran()) == 13, "what is finished counts"
     assert rows(more)[:12] == rows(said)
+    code, said = sweep(*SEARCH, "hydra.sweeper.direction=maximize", "hydra.launcher.metric=steps")
+    assert code == 64
+    assert "runs/a/study.journal: metric=steps direction=maximize - study a has metric=val/loss direction=min" in said
+    assert "go on with the same command, or give another run_name" in said
 
 
 @pytest.mark.parametrize("name", ["tpe", "cmaes", "random"])
@@ -188,16 +192,6 @@ def test_refused_before_anything_is_written(sweep: Sweep, words: tuple[str, ...]
     assert code == 64, said
     assert told in said
     assert not Path("runs").exists()
-
-
-def test_a_study_is_about_one_thing(sweep: Sweep) -> None:
-    assert sweep(*SEARCH, "hydra.sweeper.n_trials=1")[0] == 0
-    code, said = sweep(*SEARCH, "hydra.sweeper.direction=maximize", "hydra.launcher.metric=steps")
-    assert code == 64
-    assert (
-        "runs/a/study.journal: metric=steps direction=maximize - study a has metric=val/loss direction=minimize" in said
-    )
-    assert "go on with the same command, or give another run_name" in said
 
 
 def test_reports_are_told_once_and_an_answer_stays(tmp_path: Path) -> None:

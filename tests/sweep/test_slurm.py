@@ -186,8 +186,25 @@ def test_an_array_whose_tasks_are_told_by_a_file(
         assert words[-2:] == [f"optimizer.lr={lr}", f"run_name=a/{number}"]
     with pytest.raises(ConfigError, match=r"2: .*runs.json has 0, 1"):
         combination(["2", "--file", str(folder / "runs.json")])
-    wrong = ("-m", *REAL, "run_name=b", "trainer.num_nodes=2", "data.batch_size=6,3")
-    done = subprocess.run([sys.executable, str(root / "train.py"), *wrong], capture_output=True, text=True, check=False)
-    assert done.returncode == 64
-    assert "trainer.num_nodes: 2 - follows from cluster.nodes" in done.stderr
-    assert not Path("runs/b/jobs").exists()
+
+
+def test_what_is_wrong_with_one_of_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything, and before anything is written."""
+    from llm.cluster.submit import array
+    from llm.command import compose
+
+    Path("text.jsonl").write_text('{"text": "some words"}\n' * 50)
+    monkeypatch.setenv("PATH", "/nowhere")
+    settings = [text for text in REAL if not text.startswith("hydra")]
+    configs = [compose([*settings, *more]) for more in ([], ["data.batch_size=3", "data.micro_batch_size=null"])]
+    with pytest.raises(ConfigError, match=r"data\.batch_size=3: must be a multiple of 2 processes"):
+        array("a", Path("runs/a"), {0: [], 1: ["data.batch_size=3"]}, configs, 8)
+    configs[1].cluster.cpus_per_task = 2
+    with pytest.raises(ConfigError) as refused:
+        array("a b", Path("runs/a"), {0: [], 1: ["trainer.num_nodes=2"]}, configs, 8)
+    assert refused.value.mistakes == [
+        "run_name: 'a b' - names a folder and a job - letters, digits and . _ - + only, and / between them",
+        "cluster: tasks of an array ask for the same - sweep other keys",
+        "trainer.num_nodes: 2 - follows from cluster.nodes - leave it out, and set cluster.nodes",
+    ]
+    assert not Path("runs").exists()
