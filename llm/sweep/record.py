@@ -100,7 +100,7 @@ class Record:
                 "a sweep goes on with the command that began it; give another run_name",
             )
             for job in jobs
-            if job.number in there and (before := there[job.number].job).kept != job.kept
+            if job.number in there and sorted((before := there[job.number].job).kept) != sorted(job.kept)
         ]
         if mistakes:
             raise ConfigError(mistakes)

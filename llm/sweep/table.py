@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import textwrap
 from collections.abc import Sequence
 
 from llm.sweep.outcome import Outcome
 from llm.sweep.record import Contents, Job
+
+_WIDTH = 100  # of what is said of a job in a line; the CSV has all of it
 
 
 def keys(contents: Contents) -> list[str]:
@@ -49,7 +52,7 @@ def table(contents: Contents, found: Sequence[Outcome]) -> str:
         code = f"{job.code}: " if job.code else ""
         number = "" if job.metric is None else f"{job.metric:.6g}"
         shown = (short(settings.get(name, "")) for name in swept)
-        rows.append([str(job.number), *shown, number, job.status, code + job.note])
+        rows.append([str(job.number), *shown, number, job.status, textwrap.shorten(code + job.note, _WIDTH)])
     widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     counts = ", ".join(f"{n} {status}" for status, n in count(found).items())

@@ -27,8 +27,8 @@ def begin(box: Box, told: Path) -> subprocess.Popen[bytes]:
 
 
 def test_a_sweep_fills_its_table(box: Box, tmp_path: Path) -> None:
-    """4 jobs x 2 ranks, on two nodes each: one diverges, one is queued again, the controller restarts, and who waits for them
-    is killed and started again."""
+    """4 jobs x 2 ranks, on two nodes each: one diverges, one is queued again, the controller restarts, and the command
+    that waits for them is killed and started again."""
     told, again = tmp_path / "told", tmp_path / "again"
     first, folder = begin(box, told), box.run_dir("four") / "jobs/sweep-0"
     box.wait("the array", (folder / "submission.json").exists, 150, told)

@@ -78,13 +78,15 @@ def test_a_run_dir_of_ones_own(sweep: Sweep, tmp_path: Path) -> None:
 
 def test_another_command_is_not_the_same_sweep(sweep: Sweep) -> None:
     """More values may be added behind; where a job runs is not what it is."""
-    assert sweep("run_name=a", "optimizer.lr=1e-3,2e-3")[0] == 0
-    code, said = sweep("run_name=a", "optimizer.lr=1e-3,4e-3", "cluster=cpu")
+    assert sweep("run_name=a", "model.dim=64", "optimizer.lr=1e-3,2e-3")[0] == 0
+    code, said = sweep("run_name=a", "model.dim=64", "optimizer.lr=1e-3,4e-3", "cluster=cpu")
     assert code == 64
     rule = "runs/a/1: optimizer.lr=0.004 - was a job with optimizer.lr=0.002"
     assert f"{rule} - a sweep goes on with the command that began it; give another run_name" in said
     assert len(ran()) == 2
-    assert sweep("run_name=a", "optimizer.lr=1e-3,2e-3,4e-3", "cluster=cpu")[0] == 0
+    assert sweep("cluster=cpu", "optimizer.lr=1e-3,2e-3,4e-3", "model.dim=64", "run_name=a")[0] == 0, (
+        "in another order it is the same"
+    )
     assert len(ran()) == 3
 
 
