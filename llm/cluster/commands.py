@@ -67,7 +67,11 @@ def logs(arguments: Sequence[str]) -> None:
         "--job", metavar="KIND", help="of another job than the one that trains: evaluate, export, prepare"
     )
     options = parser.parse_args(list(arguments))
-    folder, made = jobs.newest(jobs.find(options.run), options.job)
+    run_dir = jobs.find(options.run)
+    folder, made = jobs.newest(run_dir, options.job)
+    if options.task is not None:  # of several arrays of a sweep
+        with_it = [pair for pair in jobs.submissions(run_dir) if (pair[0] / f"log-{options.task}.txt").exists()]
+        folder, made = with_it[-1] if with_it else (folder, made)
     if (options.task is None) != (made.n_tasks is None):
         parser.error(f"job {made.job} is {'no' if made.n_tasks is None else 'an'} array: --task N goes with an array")
     path = folder / ("log.txt" if options.task is None else f"log-{options.task}.txt")

@@ -45,8 +45,6 @@ class Processes(Launcher):
     """
 
     def __init__(self, metric: str, n_jobs: int) -> None:
-        if n_jobs < 1:
-            raise ValueError(f"hydra.launcher.n_jobs: {n_jobs} - must be at least 1")
         self.metric = metric
         self.n_jobs = n_jobs
         self.direction = "minimize"
@@ -84,7 +82,8 @@ class Processes(Launcher):
         before = [self.outcome(job) for job in jobs]
         if done := [found for found in before if found.done]:
             self.say(f"{len(done)} of {len(jobs)} jobs are done already")
-        self.start([job for job, found in zip(jobs, before, strict=True) if not found.done])
+        if open_ones := [job for job, found in zip(jobs, before, strict=True) if not found.done]:
+            self.start(open_ones)
         return [self.outcome(job) for job in jobs]
 
     @abstractmethod

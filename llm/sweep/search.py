@@ -81,7 +81,7 @@ class Optuna(Sweeper):
         self.study_name = study_name
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Raises ConfigError if another launcher than ours would run the jobs."""
+        """Who will run the jobs."""
         self.hydra_context: HydraContext = hydra_context
         self.config = config
         self.launcher = Plugins.instance().instantiate_launcher(
@@ -91,13 +91,9 @@ class Optuna(Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Go on until the study has its trials, all of them with an end."""
         with guarded():
-            if find_spec("optuna") is None:
-                raise ConfigError([line("hydra/sweeper", "optuna", "is not installed", "pip install -e '.[sweep]'")])
-            launcher = self._processes()
-            overrides = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(
-                arguments
-            )
-            self._search(launcher, space(overrides))
+            self._installed()
+            parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+            self._search(self._processes(), space(parser.parse_overrides(arguments)))
 
     def _search(self, launcher: Processes, found: Space) -> None:
         self.distributions = found.distributions()
@@ -106,7 +102,7 @@ class Optuna(Sweeper):
         folder = launcher.folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "multirun.yaml").write_text(OmegaConf.to_yaml(self.config))
-        study, owner = self._study(folder, launcher.metric), folder / "processes" / secrets.token_hex(4)
+        study, owner = self._study(folder, launcher.metric), folder / ".processes" / secrets.token_hex(4)
         launcher.direction = self.direction
         with locked(owner):
             while trials := self._next(study, owner):
@@ -174,6 +170,12 @@ class Optuna(Sweeper):
         values = {"storage": self.file, "study": self.study_name, "trial": trial.number}
         told = ",".join(f"{name}:{written(value)}" for name, value in values.items())
         return [*overrides, f"+callback.prune={{_target_:llm.callback.Prune,{told}}}"]
+
+    def _installed(self) -> None:
+        wanted = ("optuna", "cmaes") if self.sampler == "cmaes" else ("optuna",)
+        if missing := [name for name in wanted if find_spec(name) is None]:
+            rule = f"{' and '.join(missing)} is not installed"
+            raise ConfigError([line("hydra/sweeper", "optuna", rule, "pip install -e '.[sweep]'")])
 
     def _processes(self) -> Processes:
         if isinstance(self.launcher, Processes):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llm.cluster import Slurm, partition
 from llm.cluster import submit as submitting
-from llm.cluster.commands import combination, status, submit, where
+from llm.cluster.commands import combination, logs, status, submit, where
 from llm.cluster.job import Job, script, written
 from llm.cluster.jobs import NoAnswerError, Submission, newest, states, submissions
 from llm.cluster.partition import Nodes
@@ -401,6 +401,20 @@ def test_files_of_ones_own_are_frozen(site: Path) -> None:
     script = (site / "submitted").read_text()
     assert arguments(script)[:2] == ["--config-dir", str(folder / "config-dir")]
     assert directives(script)["cpus-per-task"] == "3"
+
+
+def test_the_log_of_a_task_of_an_earlier_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A search submits one array after the other."""
+    monkeypatch.chdir(tmp_path)
+    for number in (0, 2):
+        folder = tmp_path / f"runs/a/jobs/sweep-{number}"
+        folder.mkdir(parents=True)
+        Submission(str(number), "sweep", "a", "runs/a", f"2026-01-0{number + 1}", None, [], 2).write(folder)
+        (folder / f"log-{number}.txt").write_text(f"of task {number}\n")
+    logs(["a", "--task", "0"])
+    assert capsys.readouterr().out == "of task 0\n"
 
 
 def test_the_newest_job_that_trains(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llm.config import ConfigError
-from llm.sweep import Local, Slurm
 from llm.sweep.launcher import written
 from llm.sweep.local import _share
 from llm.sweep.record import Job, Record
@@ -146,12 +145,6 @@ def test_a_record_that_a_crash_cut_short(tmp_path: Path) -> None:
     assert record.read().jobs[0].cause == "NODE_FAIL"
     with pytest.raises(ConfigError, match="nothing more - was a job with seed=1"):
         record.enter([Job(0, [])])
-
-
-@pytest.mark.parametrize("kind", [Local, Slurm])
-def test_no_job_at_once_is_no_sweep(kind: type[Local] | type[Slurm]) -> None:
-    with pytest.raises(ValueError, match=r"hydra\.launcher\.n_jobs: 0 - must be at least 1"):
-        kind("val/loss", 0)
 
 
 @pytest.mark.parametrize("text", ["lr/0", "a b", "it's", 'say "x"', "a,b=c", "back\\", "ä/0", "${x}"])
