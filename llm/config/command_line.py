@@ -79,9 +79,9 @@ class _Composer:
         _, self.repository = self.loader._parse_overrides_and_create_caching_repo(self.config_name, self.searched)
         self.explain = Explainer(self.repository)
         self.composed: dict[tuple[str, ...], DictConfig] = {}
-        plugins = self.plugins()
-        self.numbers = self.multirun and plugins["launcher"].startswith(PLUGINS)  # the launcher gives jobs their places
-        self.draws = not plugins["sweeper"].endswith(".BasicSweeper")
+        launcher, sweeper = self.plugins() if self.multirun else ("", "")
+        self.numbers = launcher.startswith(f"{PLUGINS}llm.")  # which gives jobs their places
+        self.draws = not sweeper.endswith(".BasicSweeper")
 
     def check(self, mistakes: list[str]) -> DictConfig:
         """The configuration of the first job; every mistake of all jobs is raised."""
@@ -134,14 +134,14 @@ class _Composer:
         found = [value.start, value.end] if isinstance(value, IntervalSweep) else override.sweep_string_iterator()
         return [self.parser.parse_override(f"{key}={one}") for one in found]
 
-    def plugins(self) -> dict[str, str]:
+    def plugins(self) -> tuple[str, str]:
         """Which classes launch and sweep: "" where that cannot be told, which is a mistake that others report."""
         chosen = [text for text in self.lines if re.match(r"hydra/(launcher|sweeper)=", text)]
         try:
             hydra = self.load(chosen).hydra
         except Exception:  # as in `base`
-            return {"launcher": "", "sweeper": ""}
-        return {name: str(OmegaConf.select(hydra, f"{name}._target_")) for name in ("launcher", "sweeper")}
+            return "", ""
+        return str(OmegaConf.select(hydra, "launcher._target_")), str(OmegaConf.select(hydra, "sweeper._target_"))
 
     def compose(self, overrides: list[Override], mistakes: list[str]) -> DictConfig:
         """Compose what can be composed, check it, and add the mistakes of both."""

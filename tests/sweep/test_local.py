@@ -12,6 +12,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llm.config import ConfigError
+from llm.sweep import Local
 from llm.sweep.launcher import written
 from llm.sweep.local import _share
 from llm.sweep.record import Job, Record
@@ -55,9 +56,10 @@ def test_what_a_job_is_told(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> No
     mine = sorted(os.sched_getaffinity(0))
     assert set(first["cores"]) | set(second["cores"]) == set(mine)
     assert len(mine) == 1 or not set(first["cores"]) & set(second["cores"])
-    code, said = sweep(*machine, "hydra.launcher.gpus_per_job=3", "run_name=b", "seed=1,2")
-    assert code == 64
-    assert "hydra.launcher.gpus_per_job: 3 - 2 jobs at once take 6 GPUs, and CUDA_VISIBLE_DEVICES=4,5,6,7" in said
+    with pytest.raises(ConfigError, match="hydra.launcher.gpus_per_job: 3 - 2 jobs at once take 6 GPUs, and CUDA_VIS"):
+        Local("val/loss", 2, 3)._environment(0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [Local("val/loss", 2, 2)._environment(place)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)] == ["0,2", "1,3"]
 
 
 @pytest.mark.parametrize("n_places", [1, 2, 3, 8])
