@@ -111,7 +111,8 @@ class Local(Processes):
         environment = {name: value for name, value in os.environ.items() if name != "LLM_RUN_ID"}
         environment["PYTHONUNBUFFERED"] = "1"  # the log says a line when it is written
         if self.gpus_per_job is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus()[place :: self.n_jobs][: self.gpus_per_job])
+            first = place * self.gpus_per_job
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus()[first : first + self.gpus_per_job])
         return environment
 
     def _gpus(self) -> list[str]:
