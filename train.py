@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from llm.config import ConfigError, check_overrides, given_run_id, job_run_id, refuse, register
 from llm.exit import STAND_BACK_S, as_rank, guarded, stand_back
 from llm.launch import die_with_launcher, job_command, launch, place, ranks_to_start
+from llm.sweep import register as register_sweeps
 
 CONF = Path(__file__).parent / "conf"
 NAMED = given_run_id() is not None  # from outside, before composing a configuration makes a name
@@ -22,7 +23,7 @@ NAMED = given_run_id() is not None  # from outside, before composing a configura
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg: DictConfig) -> None:
-    """One run, or with -m one run for each combination: here, or in ranks that are started for it."""
+    """One run: here, or in ranks that are started for it. With -m a launcher of llm.sweep starts this for each."""
     with guarded():
         n_ranks, n_nodes = ranks_to_start(cfg, place()), cfg.trainer.num_nodes
         if n_ranks > 0:
@@ -62,6 +63,7 @@ if __name__ == "__main__":
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     die_with_launcher()
     register()
+    register_sweeps()
     with guarded():  # which waits for an orderly end where there is something to end, unlike `refuse`
         try:
             start()

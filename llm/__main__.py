@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from llm.cluster import commands as cluster
 from llm.command import CONF, Parser, beside, compose
+from llm.sweep import commands as sweep
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -350,6 +351,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "verify": verify,
     "coordinates": coordinates,
     "plan": cluster.plan,
+    "report": sweep.report,
     "submit": cluster.submit,
     "status": cluster.status,
     "logs": cluster.logs,

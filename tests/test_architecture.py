@@ -47,6 +47,8 @@ FLOORS: dict[str, set[str]] = {
         "strategy",
     },
     "hardware": set(),
+    "study": set(),
+    "sweep": {"cluster", "command", "config", "exit", "launch", "lock", "signals", "study"},
     "config": set(),
     "reduce": set(),
     "strategy": {"model", "checkpoint", "config", "exit", "launch", "lock", "reduce", "signals"},
@@ -71,6 +73,7 @@ FLOORS: dict[str, set[str]] = {
         "ledger",
         "reduce",
         "signals",
+        "study",
     },
     "launch": {"config", "exit", "signals"},
     "exit": set(),
@@ -116,18 +119,19 @@ FLOORS: dict[str, set[str]] = {
         "generate",
         "model",
         "run",
+        "sweep",
         "talk",
         "tokenizer",
         "verify",
     },
     "__init__": set(),
-    "train": {"run", "config", "exit", "launch", "signals", "strategy"},
+    "train": {"run", "config", "exit", "launch", "signals", "strategy", "sweep"},
 }
 # Library -> the rooms, or files of a room, that may import it.
 LIBRARIES: dict[str, set[str]] = {
     "lightning": {"objective", "strategy", "callback", "data/module.py", "build", "loop", "run"},
     "torch.distributed": {"strategy", "checkpoint", "reduce", "cluster/meter.py", "cluster/trace.py"},
-    "hydra": {"cluster", "evaluate", "train", "__main__", "build", "run", "audit", "config", "launch"},
+    "hydra": {"cluster", "evaluate", "train", "__main__", "build", "run", "audit", "config", "launch", "sweep"},
     "omegaconf": {
         "cluster",
         "command",
@@ -142,6 +146,7 @@ LIBRARIES: dict[str, set[str]] = {
         "audit",
         "config",
         "launch",
+        "sweep",
     },
     "pydantic": {"config"},
     "transformers": {"tokenizer", "checkpoint/huggingface/gguf.py"},
@@ -149,7 +154,8 @@ LIBRARIES: dict[str, set[str]] = {
     "datasets": {"data"},
     "pyarrow": {"data"},
     "wandb": {"build"},
-    "matplotlib": {"callback", "coordinates"},
+    "matplotlib": {"callback", "coordinates", "sweep/plot.py"},
+    "optuna": {"study", "sweep/search.py", "sweep/sampler.py", "sweep/space.py"},
     "jinja2": {"data/chat.py"},
     "sacrebleu": {"metric"},
     "rouge_score": {"metric"},
@@ -166,6 +172,8 @@ LIGHT = (
     "llm.schedule",
     "llm.guard",
     "llm.cluster",
+    "llm.sweep",
+    "llm.study",
     "llm.signals",
     "llm.data.source",
 )
@@ -220,7 +228,8 @@ def test_no_room_without_a_name_of_its_own() -> None:
 def test_every_group_has_a_room() -> None:
     groups = {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()}
     rooms = {place(path)[0] for path in FILES}
-    assert groups - rooms == {"trainer", "logger", "experiment"}
+    assert groups - rooms == {"trainer", "logger", "experiment", "hydra"}
+    assert {path.name for path in (ROOT / "conf" / "hydra").iterdir()} == {"launcher", "sweeper"}, "of the room sweep"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: place(path)[1])
@@ -255,6 +264,7 @@ def test_asking_loads_nothing_that_trains(arguments: list[str]) -> None:
         "wandb",
         "tensorboard",
         "matplotlib",
+        "optuna",
     }
     assert not loaded & heavy
 

@@ -9,6 +9,7 @@ from llm.callback.loggers import tell
 from llm.callback.metrics import Metrics
 from llm.callback.preempt import Preempt
 from llm.callback.progress import Progress
+from llm.callback.prune import Prune
 from llm.callback.rehearsal import Rehearsal
 from llm.callback.sample import Sample
 from llm.callback.summary import Summary
@@ -23,6 +24,7 @@ __all__ = [
     "Metrics",
     "Preempt",
     "Progress",
+    "Prune",
     "Rehearsal",
     "Sample",
     "Summary",

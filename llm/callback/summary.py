@@ -21,6 +21,7 @@ from rich.text import Text
 from llm import attempts
 from llm.callback.metrics import metrics_of
 from llm.callback.plot import plot_run
+from llm.callback.prune import Prune
 from llm.callback.record import Record, Row
 from llm.callback.sample import Sample
 from llm.code import commit
@@ -73,6 +74,7 @@ class Summary(Callback):
             "train/loss": _last(rows, "train/loss"),
             **validated,
             "baselines": baselines,
+            **_pruned(trainer),
             "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             "interruptions": attempts.interruptions(run_dir),
             "commit": commit(),
@@ -83,6 +85,13 @@ class Summary(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         samples = next((callback.texts for callback in callbacks if isinstance(callback, Sample)), [])
         _print(summary, samples, run_dir)
+
+
+def _pruned(trainer: L.Trainer) -> dict[str, int]:
+    """At which step a sweep ended the run, if it did."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    step = next((callback.pruned_at for callback in callbacks if isinstance(callback, Prune)), None)
+    return {} if step is None else {"pruned": step}
 
 
 def _last(rows: list[Row], name: str) -> float | None:

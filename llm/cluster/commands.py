@@ -60,11 +60,12 @@ def plan(arguments: Sequence[str]) -> None:
 
 def submit(arguments: Sequence[str]) -> None:
     """Check a run, freeze it, and hand it to SLURM (docs/slurm.md): submit cluster=gpu cluster.nodes=4 experiment=…"""
+    from llm.cluster import job as described
     from llm.cluster import submit as submitting
 
     parser = Parser("python -m llm submit", description=submit.__doc__)
     parser.add_argument("--dry-run", action="store_true", help="check, show the script, and submit nothing")
-    parser.add_argument("--job", choices=submitting.KINDS, default="train", help="which template of slurm/")
+    parser.add_argument("--job", choices=described.KINDS, default="train", help="which template of slurm/")
     parser.add_argument("--shares", type=int, metavar="N", help="with --job prepare: an array of so many")
     parser.add_argument("--after", action="append", default=[], metavar="RUN", help="start when its job has ended well")
     options, rest = parser.parse_known_args(list(arguments))
@@ -72,9 +73,9 @@ def submit(arguments: Sequence[str]) -> None:
         parser.error(f"--shares {options.shares}: goes with --job prepare, and is at least 1")
     job = submitting.planned(options.job, rest, n_shares=options.shares, after=options.after)
     if options.dry_run:
-        print(submitting.written(job))
+        print(described.written(job))
     id_ = None if options.dry_run else submitting.submit(job).job
-    for title, text in submitting.said(job, id_).items():
+    for title, text in described.said(job, id_).items():
         print(f"{title:<6}{text}")
     if id_ is not None:
         name = job.run_dir.name if job.run_dir.parent.name == "runs" else job.run_dir
@@ -113,7 +114,11 @@ def logs(arguments: Sequence[str]) -> None:
         "--job", metavar="KIND", help="of another job than the one that trains: evaluate, export, prepare"
     )
     options = parser.parse_args(list(arguments))
-    folder, made = jobs.newest(jobs.find(options.run), options.job)
+    run_dir = jobs.find(options.run)
+    folder, made = jobs.newest(run_dir, options.job)
+    if options.task is not None:  # of several arrays of a sweep
+        with_it = [pair for pair in jobs.submissions(run_dir) if (pair[0] / f"log-{options.task}.txt").exists()]
+        folder, made = with_it[-1] if with_it else (folder, made)
     if (options.task is None) != (made.n_tasks is None):
         parser.error(f"job {made.job} is {'no' if made.n_tasks is None else 'an'} array: --task N goes with an array")
     path = folder / ("log.txt" if options.task is None else f"log-{options.task}.txt")
@@ -168,12 +173,21 @@ def where(arguments: Sequence[str]) -> None:
 
 def combination(arguments: Sequence[str]) -> None:
     """Print the overrides of one run of a sweep, each followed by a NUL: what slurm/sweep.sbatch asks for its task."""
+    import json
+
     from llm.cluster.sweep import combinations
     from llm.config import ConfigError
 
     parser = Parser("python -m llm combination", description=combination.__doc__)
     parser.add_argument("number", type=int, help="of the run, counted from 0 as python train.py -m does")
+    parser.add_argument("--file", type=Path, help="which says what each is: of a sweep by train.py -m")
     options, overrides = parser.parse_known_args(list(arguments))
+    if options.file is not None:
+        written = json.loads(options.file.read_text())
+        if str(options.number) not in written:
+            raise ConfigError([f"{options.number}: {options.file} has {', '.join(written)}"])
+        sys.stdout.write("".join(f"{word}\0" for word in written[str(options.number)]))
+        return
     found = combinations(overrides)
     if not 0 <= options.number < len(found):
         raise ConfigError(

@@ -61,11 +61,23 @@ class State:
     nodes: str = ""
     restarts: int = 0
     task: str = ""
+    code: int | None = None  # the exit code of the batch shell, if it left with one
 
     @property
     def live(self) -> bool:
         """Whether it is at work, or waits."""
         return self.name in _LIVE
+
+
+def tasks(text: str) -> list[int]:
+    """The numbers of what SLURM writes for tasks of an array that wait together: 0,4-6%2, or 0-6:3."""
+    numbers: list[int] = []
+    for part in text.partition("%")[0].split(","):
+        ends, _, stride = part.partition(":")
+        first, _, last = ends.partition("-")
+        if first.isdecimal():
+            numbers += range(int(first), int(last or first) + 1, int(stride or 1))
+    return numbers
 
 
 def submissions(run_dir: Path) -> list[tuple[Path, Submission]]:
@@ -223,4 +235,5 @@ def _parsed(row: str) -> State:
         "" if nodes == "(null)" else nodes,
         int(words.get("Restarts", 0)),
         words.get("ArrayTaskId", ""),
+        int(words.get("ExitCode", "0:0").partition(":")[0]) or None,
     )

@@ -21,7 +21,8 @@ def table(plan: Plan) -> str:
 
 def summary(plan: Plan) -> Iterator[tuple[str, str]]:
     """Its two most asked for lines, for those who submit."""
-    yield from (row for row in (*_memory(plan), *_time(plan)) if row[0])
+    for title, (_, text) in (("needs", next(_memory(plan))), ("takes", next(_time(plan)))):
+        yield title, text
 
 
 def advice(problems: Sequence[str], remedies: Sequence[Sequence[str]]) -> str:

@@ -6,24 +6,26 @@ is queued again, is not changed by what is edited meanwhile.
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
 from llm.cluster import jobs, partition
+from llm.cluster.job import RUNS, SCRIPT, Job, Kind, Runs, written
 from llm.cluster.slurm import Slurm, cluster_of
 from llm.cluster.sweep import combinations
-from llm.code import ROOT, commit, copy_code, difference
+from llm.code import commit, copy_code, difference
 from llm.command import beside, compose
 from llm.config import ConfigError, made_run_id
 from llm.config.mistake import line
@@ -32,11 +34,9 @@ from llm.exit import EXISTS
 if TYPE_CHECKING:
     from llm.cluster.plan import Plan
 
-Kind = Literal["train", "sweep", "prepare", "evaluate", "export"]
-KINDS: tuple[Kind, ...] = ("train", "sweep", "prepare", "evaluate", "export")
-SCRIPT, _OWN = "script.sbatch", "config-dir"
 # What names a run is a folder, a job and a W&B run: no name needs more, and none of these means anything to a shell.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
+_OWN = "config-dir"
 _CLUSTER = re.compile(r"\+*cluster[.=@]")
 
 
@@ -44,34 +44,6 @@ class SubmittedError(ValueError):
     """The run has a job that waits or is at work."""
 
     exit_code = EXISTS
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be submitted.
-
-    arguments  of the template
-    n_tasks    of an array; None: no array
-    after      ids of jobs that have to have ended well before it starts
-    config     of the run, composed; None where the run is there already
-    own        folder of the user's own YAML (--config-dir), which is frozen, too
-    cost       what python -m llm plan says of a run
-    """
-
-    kind: Kind
-    name: str
-    run_dir: Path
-    arguments: list[str]
-    cluster: Slurm
-    n_tasks: int | None = None
-    after: tuple[str, ...] = ()
-    config: DictConfig | None = None
-    own: Path | None = None
-    cost: Plan | None = None
-
-    @property
-    def folder(self) -> Path:
-        return self.run_dir / jobs.FOLDER / self.kind
 
 
 def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None, after: Sequence[str] = ()) -> Job:
@@ -105,8 +77,37 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
     cfg.trainer.num_nodes, cfg.trainer.devices = cluster.nodes, cluster.ranks_per_node
     n_tasks = len(swept) if kind == "sweep" else n_shares
     frozen = [] if kind in ("prepare", "sweep") else name.overrides
+    if kind == "sweep":  # each task is called after the sweep and its own number
+        arguments = [text for text in arguments if not text.startswith("run_name=")]
     own, kept = _own_files(arguments, run_dir / jobs.FOLDER / kind)
-    return Job(kind, name.name, run_dir, [*kept, *frozen], _sized(cluster, kind), n_tasks, jobs_before, cfg, own, cost)
+    sized = _sized(cluster, kind)
+    return Job(kind, name.name, run_dir, [*kept, *frozen], sized, n_tasks, jobs_before, cfg, own, cost=cost)
+
+
+def array(name: str, run_dir: Path, commands: dict[int, list[str]], configs: list[DictConfig], at_once: int) -> Job:
+    """An array of runs in `run_dir`, each a task with the number and the command line that `commands` gives it.
+
+    Raises:
+        ConfigError: with everything that can be told to be wrong with one of them before the job starts.
+    """
+    clusters = [cluster_of(cfg) for cfg in configs]
+    mistakes = _nameable(name, run_dir)
+    if any(cluster != clusters[0] for cluster in clusters):
+        mistakes.append(line("cluster", "", "tasks of an array ask for the same", "sweep other keys"))
+    names = (f"sweep-{min(commands)}{f'-{n}' * bool(n)}" for n in count())
+    label = next(name for name in names if not (run_dir / jobs.FOLDER / name).exists())
+    folder, own = run_dir / jobs.FOLDER / label, None
+    kept = {}
+    for number, words in commands.items():
+        mistakes += _following(words)
+        own, kept[number] = _own_files(words, folder)
+    for number, cfg in enumerate(configs):  # what a run costs takes a second: of the first one
+        mistakes += [] if mistakes else _examined(cfg, costs=number == 0)[1]
+    if mistakes:
+        raise ConfigError(mistakes)
+    arguments = ["--file", str((folder / RUNS).absolute())]
+    runs = Runs(label, kept, at_once)
+    return Job("sweep", name, run_dir, arguments, clusters[0], len(kept), (), None, own, runs)
 
 
 def _own_files(arguments: Sequence[str], folder: Path) -> tuple[Path | None, list[str]]:
@@ -117,46 +118,6 @@ def _own_files(arguments: Sequence[str], folder: Path) -> tuple[Path | None, lis
     copy = str((folder / _OWN).absolute())
     replaced = {given.config_dir: copy, f"--config-dir={given.config_dir}": f"--config-dir={copy}"}
     return Path(given.config_dir), [replaced.get(text, text) for text in arguments]
-
-
-def script(job: Job, template: str) -> str:
-    """The template, with what this job asks SLURM for, its arguments, and where its code lies."""
-    cluster = job.cluster
-    folder = str(job.folder.absolute()).replace("%", "%%")
-    log = f"{folder}/{'log.txt' if job.n_tasks is None else 'log-%a.txt'}"
-    ours: dict[str, str | None] = cluster.directives(job.name.replace("/", "-"), log, str(Path.cwd()))
-    if job.n_tasks is not None:
-        ours["array"] = f"0-{job.n_tasks - 1}"
-    if job.after:
-        ours |= {"dependency": f"afterok:{':'.join(job.after)}", "kill-on-invalid-dep": "yes"}
-    if job.kind not in ("train", "sweep"):
-        ours.pop("signal", None)
-    theirs = dict(filter(None, map(_directive, template.splitlines())))
-    for option in ("cpus-per-gpu", "ntasks", "signal"):  # what the cluster's keys say, or say not
-        theirs.pop(option, None)
-    options = theirs | ours
-    body = [text for text in template.splitlines() if _directive(text) is None]
-    variables = {"LLM_CODE": str(job.folder.absolute() / "code"), "LLM_JOB_FOLDER": str(job.folder.absolute())}
-    variables["LLM_MAX_REQUEUES"] = str(cluster.max_requeues)
-    if cluster.container is not None:
-        variables["LLM_CONTAINER"] = cluster.container
-    if job.kind == "sweep":
-        variables["LLM_SWEEP_ID"] = job.name
-    return "\n".join(
-        [
-            body[0],
-            *(f"#SBATCH --{name}" + ("" if value is None else f"={_quoted(value)}") for name, value in options.items()),
-            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
-            f'set -- {" ".join(map(shlex.quote, job.arguments))} "$@"',
-            *body[1:],
-            "",
-        ]
-    )
-
-
-def written(job: Job) -> str:
-    """The script of `job`, from its template."""
-    return script(job, (ROOT / "slurm" / f"{job.kind}.sbatch").read_text())
 
 
 def submit(job: Job) -> jobs.Submission:
@@ -189,6 +150,8 @@ def submit(job: Job) -> jobs.Submission:
 
 def _freeze(job: Job) -> None:
     copy_code(job.folder / "code")
+    if job.runs is not None:
+        (job.folder / RUNS).write_text(json.dumps(job.runs.commands, indent=1) + "\n")
     if job.own is not None:
         shutil.copytree(job.own, job.folder / _OWN)
     if patch := difference():
@@ -214,14 +177,14 @@ def _sbatch(path: Path) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def refuse_live(run_dir: Path, kind: Kind) -> None:
+def refuse_live(run_dir: Path, name: str) -> None:
     """Two jobs of one run would wait for each other, or the second be refused by the first one's lock.
 
     Raises:
         SubmittedError: if the run has such a job that has not ended.
     """
     for folder, before in jobs.submissions(run_dir):
-        live = [state for state in jobs.states(before.job) if state.live] if folder.name == kind else []
+        live = [state for state in jobs.states(before.job) if state.live] if folder.name == name else []
         if live:
             raise SubmittedError(
                 f"{run_dir}: job {before.job} of it is {live[0].name} - python -m llm cancel {before.name} first, or "
@@ -231,7 +194,7 @@ def refuse_live(run_dir: Path, kind: Kind) -> None:
 
 def _set_aside(job: Job) -> None:
     """Make room for another submission of a run whose last job has ended."""
-    refuse_live(job.run_dir, job.kind)
+    refuse_live(job.run_dir, job.folder.name)
     for folder, before in jobs.submissions(job.run_dir):
         if folder == job.folder:
             folder.rename(folder.with_name(f"{folder.name}.{before.job}-{before.submitted.replace(':', '')}"))
@@ -258,20 +221,32 @@ class _Name:
 def _named(cfg: DictConfig, kind: Kind) -> _Name:
     """What the run is called: by its user, or a name that is made now and told the job."""
     made = os.environ["LLM_RUN_ID"]
-    name = made if kind == "sweep" else f"prepare-{made}" if kind == "prepare" else str(cfg.run_name)
+    named = str(cfg.run_name)
+    if kind == "sweep":  # of which the configuration is that of job 0, called after it unless the user named the sweep
+        named = named.removesuffix("/0") if named == f"{made}/0" else named
+    name = f"prepare-{made}" if kind == "prepare" else named
+    mistakes = _nameable(name, Path(str(cfg.run_dir)))
+    if kind == "sweep" and str(cfg.run_dir) not in (f"runs/{name}", f"runs/{name}/0"):
+        rule, remedy = "is one directory, and each task needs one", "python train.py -m hydra/launcher=slurm has it so"
+        mistakes.append(line("run_dir", str(cfg.run_dir), rule, remedy))
+    return _Name(name, [f"run_name={name}"] if name == made else [], mistakes)
+
+
+def _nameable(name: str, run_dir: Path) -> list[str]:
+    """What of a name and a place SLURM's scripts could not bear."""
     mistakes = []
     if not _NAME.fullmatch(name):
         rule = "names a folder and a job"
         mistakes.append(line("run_name", repr(name), rule, "letters, digits and . _ - + only, and / between them"))
-    where = str(Path.cwd() / str(cfg.run_dir))
+    where = str(Path.cwd() / run_dir)
     if any(character in where for character in '\n"\\'):
         remedy = 'leave out ", \\ and line breaks'
         mistakes.append(line("run_dir", repr(where), "a script of SLURM's names it", remedy))
-    return _Name(name, [f"run_name={name}"] if name == made else [], mistakes)
+    return mistakes
 
 
-def _examined(cfg: DictConfig) -> tuple[Plan | None, list[str]]:
-    """What the run will cost, and what cannot be true of it, or will not work."""
+def _examined(cfg: DictConfig, *, costs: bool = True) -> tuple[Plan | None, list[str]]:
+    """What the run will cost, and what cannot be true of it or, if it is to be known what it `costs`, will not work."""
     from llm.cluster.plan import plan
     from llm.cluster.remedy import problems
     from llm.cluster.subject import Stated, subject
@@ -280,6 +255,8 @@ def _examined(cfg: DictConfig) -> tuple[Plan | None, list[str]]:
         found = subject(cfg, Stated())
     except ConfigError as error:
         return None, [*partition.refusals(cluster_of(cfg)), *error.mistakes]
+    if not costs:
+        return None, []
     made = plan(found, Stated())
     return made, problems(found, made)
 
@@ -318,35 +295,3 @@ def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Job
 def _job_of(name: str) -> str:
     """The id of a job, or of a run's newest that trains, else of its newest."""
     return name if name.isdecimal() else jobs.newest(jobs.find(name))[1].job
-
-
-def _directive(text: str) -> tuple[str, str | None] | None:
-    """An option of a template by its long name; what a site writes in another way stays a line of the script."""
-    found = re.fullmatch(r"#SBATCH --([a-z-]+)(?:=(\S+))?", text.rstrip())
-    return None if found is None else (found[1], found[2])
-
-
-def _quoted(value: str) -> str:
-    """As sbatch reads a value: it ends at a space or #, unless in double quotes."""
-    plain = re.fullmatch(r"[\w.,:=/@%+*\[\]-]*", value)
-    return value if plain else f'"{value}"'
-
-
-def said(job: Job, id_: str | None) -> dict[str, Any]:
-    """What the user is told of it, by title."""
-    from llm.cluster.show import summary
-
-    cluster = job.cluster
-    ranks = f"{cluster.nodes} x {cluster.ranks_per_node} ranks" if job.kind in ("train", "sweep") else "1 process"
-    array = "" if job.n_tasks is None else f", {job.n_tasks} array tasks"
-    log = job.folder / ("log.txt" if job.n_tasks is None else "log-TASK.txt")
-    dirty = bool(difference())
-    restarts = f"saved {cluster.warning_s} s before the limit and queued again, at most {cluster.max_requeues} times"
-    return {
-        "job": f"{id_ or '(not submitted)'}: {ranks}{array}, partition {cluster.partition or '(default)'}",
-        "run": str(job.run_dir),
-        "log": str(log),
-        "code": f"{commit() or 'no commit'}{', and diff.patch' if dirty else ''}",
-        "time": f"{cluster.time}{f'; {restarts}' if job.kind in ('train', 'sweep') and cluster.warning_s else ''}",
-        **({} if job.cost is None else dict(summary(job.cost))),
-    } | ({"after": ", ".join(job.after)} if job.after else {})

@@ -9,13 +9,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from llm.config import habit
 from llm.config.mistake import ConfigError, did_you_mean, line, nearest
 from llm.config.schema import NODE_DICTS, NODES, ROOT, SCALARS
-from llm.config.target import Parameter, Signature, TargetError, is_ours, resolve, returned, signature
+from llm.config.target import PLUGINS, Parameter, Signature, TargetError, is_ours, resolve, returned, signature
 from llm.config.value import Built, judge, shown
 
 _HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_"}
@@ -65,8 +65,19 @@ def find(
     light = overrides is not None and all(map(is_light, overrides))
     if not (light if found or search.mistakes else elsewhere(cfg)):
         search.nodes(light=False)
-    wrong = {mistake.key for mistake in search.mistakes}
-    return list(dict.fromkeys(m.text for m in search.mistakes if not m.source or m.source not in wrong))
+    return search.told()
+
+
+def find_in_plugins(cfg: DictConfig) -> list[str]:
+    """The mistakes in Hydra's launcher and sweeper, where they are ours; `cfg` has its node `hydra`."""
+    search = _Search(cfg)
+    for key in ("hydra.launcher", "hydra.sweeper"):
+        node = OmegaConf.select(search.cfg, key)
+        if isinstance(node, DictConfig) and str(node.get("_target_")).startswith(f"{PLUGINS}llm."):
+            with read_write(node):
+                node["_target_"] = node["_target_"].removeprefix(PLUGINS)
+            search.node(key, node)
+    return search.told()
 
 
 def is_light(override: str) -> bool:
@@ -91,6 +102,11 @@ class _Search:
 
     def add(self, key: str, value: str, rule: str, remedy: str = "", source: str = "") -> None:
         self.mistakes.append(Mistake(key, line(key, value, rule, remedy), source))
+
+    def told(self) -> list[str]:
+        """The mistakes, each where it was made."""
+        wrong = {mistake.key for mistake in self.mistakes}
+        return list(dict.fromkeys(m.text for m in self.mistakes if not m.source or m.source not in wrong))
 
     def root(self) -> None:
         """The keys themselves, the scalars, and that each group holds a node."""

@@ -21,15 +21,16 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import IntervalSweep, Override, ValueType
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from llm.config.check import find
+from llm.config.check import find, find_in_plugins
 from llm.config.explain import Explainer
 from llm.config.mistake import ConfigError, line
+from llm.config.target import PLUGINS
 
 
 def check_overrides(
@@ -78,6 +79,9 @@ class _Composer:
         _, self.repository = self.loader._parse_overrides_and_create_caching_repo(self.config_name, self.searched)
         self.explain = Explainer(self.repository)
         self.composed: dict[tuple[str, ...], DictConfig] = {}
+        launcher, sweeper = self.plugins() if self.multirun else ("", "")
+        self.numbers = launcher.startswith(f"{PLUGINS}llm.")  # which gives jobs their places
+        self.draws = not sweeper.endswith(".BasicSweeper")
 
     def check(self, mistakes: list[str]) -> DictConfig:
         """The configuration of the first job; every mistake of all jobs is raised."""
@@ -86,10 +90,9 @@ class _Composer:
         run_dirs: list[list[str]] = []
         for variant in self.variants(overrides):
             cfg = self.compose(variant, mistakes)
-            run_dirs.append(self.run_dirs(cfg) if self.multirun else [])
+            run_dirs.append(self.run_dirs(cfg) if self.multirun and not self.numbers else [])
             first = first if first is not None else cfg
-        if self.multirun:
-            mistakes += _shared_run_dir(run_dirs)
+        mistakes += _swept_place(overrides) if self.numbers else _shared_run_dir(run_dirs)
         if mistakes:
             raise ConfigError(mistakes)
         assert first is not None, "a command line without sweeps is one variant"
@@ -103,6 +106,10 @@ class _Composer:
             mistakes.append(self.explain.syntax(text, error))
             return None
         override.config_loader = self.loader
+        if self.multirun and override.is_interval_sweep() and not self.draws:
+            key, value = text.split("=", 1)
+            mistakes.append(line(key, value, "values are drawn from it by a sweeper", "add hydra/sweeper=optuna"))
+            return None
         if override.is_sweep_override() and not self.multirun:
             key, value = text.split("=", 1)
             choice = override.value_type == ValueType.SIMPLE_CHOICE_SWEEP
@@ -120,11 +127,21 @@ class _Composer:
                 yield [option if m == n else others[0] for m, others in enumerate(values)]
 
     def values(self, override: Override) -> list[Override]:
-        """What an override stands for, one by one; nothing for an interval, which only a sweeper's plugin can read."""
-        if not override.is_discrete_sweep():
-            return [] if override.is_sweep_override() else [override]
-        key = override.get_key_element()
-        return [self.parser.parse_override(f"{key}={value}") for value in override.sweep_string_iterator()]
+        """What an override stands for, one by one; of an interval the ends."""
+        if not override.is_sweep_override():
+            return [override]
+        key, value = override.get_key_element(), override.value()
+        found = [value.start, value.end] if isinstance(value, IntervalSweep) else override.sweep_string_iterator()
+        return [self.parser.parse_override(f"{key}={one}") for one in found]
+
+    def plugins(self) -> tuple[str, str]:
+        """Which classes launch and sweep: "" where that cannot be told, which is a mistake that others report."""
+        chosen = [text for text in self.lines if re.match(r"hydra/(launcher|sweeper)=", text)]
+        try:
+            hydra = self.load(chosen).hydra
+        except Exception:  # as in `base`
+            return "", ""
+        return str(OmegaConf.select(hydra, "launcher._target_")), str(OmegaConf.select(hydra, "sweeper._target_"))
 
     def compose(self, overrides: list[Override], mistakes: list[str]) -> DictConfig:
         """Compose what can be composed, check it, and add the mistakes of both."""
@@ -143,6 +160,7 @@ class _Composer:
                 cfg = before
                 mistakes.append(self.explain.value(override, cfg, error))
         self.enter(cfg)
+        mistakes += find_in_plugins(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
         mistakes += find(cfg, applied, found=len(mistakes) > n_before, elsewhere=self.elsewhere)
@@ -209,6 +227,21 @@ class _Composer:
             except Exception:  # reported by the check
                 return []
         return found
+
+
+def _swept_place(overrides: list[Override]) -> list[str]:
+    """Each job of a sweep is called after the sweep and its own number."""
+    return [
+        line(
+            override.key_or_group,
+            str(override.input_line).partition("=")[2],
+            "names a sweep, whose jobs are that/0, that/1, …",
+            "give one",
+        )
+        for override in overrides
+        if override.key_or_group in ("run_name", "run_dir")
+        and (override.is_sweep_override() or "${hydra:job." in str(override.input_line))
+    ]
 
 
 def _shared_run_dir(run_dirs: list[list[str]]) -> list[str]:

@@ -80,6 +80,8 @@ class Explainer:
         """A key that does not exist: what it is called here, or the nearest that do."""
         parent, _, last = key.rpartition(".")
         existing = [name for name in keys(cfg) if name in ROOT or not (_refers(cfg, name) or name.endswith("_"))]
+        if parent in ("hydra.launcher", "hydra.sweeper"):
+            existing = [f"{parent}.{name}" for name in OmegaConf.select(cfg, parent)]
         takes = Signature({}, open=False)
         if not deleted:
             if key in (last, f"trainer.{last}") and last in habit.HABITS and habit.ELSEWHERE.get(last) not in existing:

@@ -64,9 +64,11 @@ SCALARS: dict[str, Any] = {
 
 
 def register() -> None:
-    """Make the schema known to Hydra as `run`, and `${run_id:}` to OmegaConf. Calling it again changes nothing."""
+    """Make the schema known to Hydra as `run`, and `${run_id:}` and `${run_group:…}` to OmegaConf. Calling it again
+    changes nothing."""
     ConfigStore.instance().store(name="run", node=Run)
     OmegaConf.register_new_resolver("run_id", job_run_id, replace=True)
+    OmegaConf.register_new_resolver("run_group", run_group, replace=True)
     OmegaConf.register_new_resolver("wandb_offline", wandb_offline, use_cache=True, replace=True)
 
 
@@ -95,9 +97,14 @@ def given_run_id() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
-def job_run_id(level: str = "job") -> str:
-    """`${run_id:}`: the run id, and in a sweep the job's number below it; `${run_id:sweep}`: what all jobs share."""
-    if level == "sweep" or not HydraConfig.initialized():
+def run_group(run_name: str) -> str | None:
+    """`${run_group:…}`: what runs are below, as lr of lr/0 and lr/1; null of a run by itself."""
+    return str(run_name).rpartition("/")[0] or None
+
+
+def job_run_id() -> str:
+    """`${run_id:}`: the run id, and in a sweep whose jobs Hydra runs in one process the job's number below it."""
+    if not HydraConfig.initialized():
         return run_id()
     config = HydraConfig.get()
     if config.mode != RunMode.MULTIRUN or OmegaConf.is_missing(config.job, "num"):

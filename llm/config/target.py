@@ -19,6 +19,7 @@ from llm.config.mistake import did_you_mean, nearest
 
 # Written in YAML / where the class must then really live. Lightning is open only where a run has use for it.
 _WRITTEN = ("llm", "lightning")
+PLUGINS = "hydra_plugins."  # what Hydra wants to see before the name of a launcher or sweeper
 _DEFINED = (
     "llm",
     "lightning.pytorch.trainer",

@@ -39,9 +39,13 @@ def ranks_to_start(cfg: DictConfig, here: Place) -> int:
 
 def job_command() -> list[str]:
     """What starts this program once more, for the job that Hydra runs now, with the interpreter's flags as given."""
+    return [*program(), *job_arguments(sys.argv[1:])]
+
+
+def program() -> list[str]:
+    """What starts this program once more, without its arguments."""
     n_arguments = len(sys.argv) - 1
-    program = sys.orig_argv[1 : len(sys.orig_argv) - n_arguments]
-    return [sys.executable, *program, *job_arguments(sys.argv[1:])]
+    return [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - n_arguments]]
 
 
 def job_arguments(argv: Sequence[str]) -> list[str]:
@@ -49,14 +53,25 @@ def job_arguments(argv: Sequence[str]) -> list[str]:
     if not _is_sweep():
         return list(argv)
     job = HydraConfig.get()
+    return arguments_of_job(argv, job.overrides.hydra, job.job.num, job.overrides.task)
+
+
+def arguments_of_job(argv: Sequence[str], hydra: Sequence[str], number: int, overrides: Sequence[str]) -> list[str]:
+    """The command line of one job of a sweep.
+
+    Args:
+        argv: of the sweep.
+        hydra: its overrides of Hydra's own keys.
+        number: of the job, which a run_dir of the user's may name.
+        overrides: of the job.
+    """
     given, _ = get_args_parser().parse_known_args(list(argv))
     flags = {"--config-path": given.config_path, "--config-name": given.config_name, "--config-dir": given.config_dir}
-    kept = [override for override in job.overrides.hydra if not _SWEEP.match(override)]
     return [
         *(word for flag, value in flags.items() if value is not None for word in (flag, value)),
-        *kept,
-        f"hydra.job.num={job.job.num}",  # which a run_dir of the user's may name
-        *job.overrides.task,
+        *(override for override in hydra if not _SWEEP.match(override)),
+        f"hydra.job.num={number}",
+        *overrides,
     ]
 
 

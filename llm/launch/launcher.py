@@ -68,7 +68,7 @@ def launch(
     with contextlib.ExitStack() as stack:
         store = None if n_nodes > 1 else stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         nodes = _nodes(n_nodes) if store is None else _Nodes(0, 1, *store.getsockname())
-        signals = stack.enter_context(_signals())
+        signals = stack.enter_context(signal_numbers())
         ranks = _Ranks(signals, grace_s)
         stack.callback(ranks.end)
         for local_rank in range(n_local):
@@ -186,7 +186,7 @@ class _Ranks:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[socket.socket]:
+def signal_numbers() -> Iterator[socket.socket]:
     """A socket from which the numbers of the signals to this process are read, in order. Unlike pidfds this needs no
     newer kernel than clusters have, and a signal that comes while ranks are being started waits there."""
     reader, writer = socket.socketpair()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from llm.cluster import Slurm, partition
 from llm.cluster import submit as submitting
-from llm.cluster.commands import combination, status, submit, where
+from llm.cluster.commands import combination, logs, status, submit, where
+from llm.cluster.job import Job, script, written
 from llm.cluster.jobs import NoAnswerError, Submission, newest, states, submissions
 from llm.cluster.partition import Nodes
 from llm.cluster.sweep import combinations
@@ -94,7 +95,7 @@ def test_every_experiment_on_every_cluster(experiment: str, cluster: str, site: 
     given += ["cluster.nodes=2", "strategy=ddp", "data.micro_batch_size=null"]
     given += ["cluster.gpus_per_node=2"] if cluster == "gpu" else ["cluster.tasks_per_node=2"]
     job = submitting.planned("train", given)
-    script = submitting.written(job)
+    script = written(job)
     asked = directives(script)
     assert (asked["nodes"], asked["ntasks-per-node"]) == ("2", "2")
     assert asked.get("gpus-per-node") == ("2" if cluster == "gpu" else None)
@@ -108,11 +109,11 @@ def test_every_experiment_on_every_cluster(experiment: str, cluster: str, site: 
 @given(st.lists(st.text(st.characters(exclude_characters="\0\r", codec="utf-8")), min_size=1, max_size=4))
 def test_arguments_reach_the_job_as_they_were(words: list[str]) -> None:
     template = "#!/usr/bin/env bash\n#SBATCH --cpus-per-gpu=8\n#SBATCH --mail-type=END\nprintf '%s\\0' \"$@\"\n"
-    job = submitting.Job("train", "name", Path("runs/name"), words, Slurm(tasks_per_node=1))
-    script = submitting.script(job, template)
-    done = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    job = Job("train", "name", Path("runs/name"), words, Slurm(tasks_per_node=1))
+    made = script(job, template)
+    done = subprocess.run(["bash", "-c", made], capture_output=True, check=True)
     assert done.stdout.decode().split("\0")[:-1] == words
-    assert directives(script)["mail-type"] == "END", "what a site adds to a template stays"
+    assert directives(made)["mail-type"] == "END", "what a site adds to a template stays"
 
 
 def test_submitted(site: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,9 +290,14 @@ def test_a_sweep_is_hydras(site: Path, capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(ConfigError, match="interval"):
         combinations(["optimizer.lr=interval(0,1)"])
     job = submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3"])
-    script = submitting.written(job)
+    script = written(job)
     assert directives(script)["array"] == "0-1"
     assert f"LLM_SWEEP_ID={shlex.quote(job.name)}" in script
+    named = submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3", "run_name=lr"])
+    assert (named.name, named.run_dir, "run_name=lr" in named.arguments) == ("lr", Path("runs/lr"), False)
+    assert "LLM_SWEEP_ID=lr" in written(named)
+    with pytest.raises(ConfigError, match="run_dir: here - is one directory, and each task needs one - python train"):
+        submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3", "run_dir=here"])
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 'fast'"):
         submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,fast"])
 
@@ -300,13 +306,13 @@ def test_a_job_for_everything_else(site: Path) -> None:
     """One process, with a GPU only where there is something to compute."""
     (site / "runs/there").mkdir(parents=True)
     prepare = submitting.planned("prepare", ["cluster=gpu", *TINY], n_shares=4)
-    asked = directives(submitting.written(prepare))
+    asked = directives(written(prepare))
     assert (asked["array"], asked["ntasks-per-node"], asked["cpus-per-task"]) == ("0-3", "1", "64")
     assert "gpus-per-node" not in asked
     evaluate = submitting.planned("evaluate", ["cluster=gpu", "cluster.nodes=4", "runs/there", "--limit", "4"])
-    asked = directives(submitting.written(evaluate))
+    asked = directives(written(evaluate))
     assert (asked["nodes"], asked["gpus-per-node"]) == ("1", "1")
-    assert arguments(submitting.written(evaluate)) == ["runs/there", "--limit", "4"]
+    assert arguments(written(evaluate)) == ["runs/there", "--limit", "4"]
     with pytest.raises(ConfigError, match="evaluate: of which run"):
         submitting.planned("evaluate", ["cluster=gpu"])
     with pytest.raises(ConfigError, match="export: missing - no such directory"):
@@ -320,7 +326,7 @@ def test_a_job_for_everything_else(site: Path) -> None:
 
 def test_a_container_is_handed_on(site: Path) -> None:
     job = submitting.planned("train", [*cpu(1, 1), *TINY, "cluster.container=/images/llm.sif", "run_name=mine"])
-    assert "export LLM_CONTAINER=/images/llm.sif" in submitting.written(job)
+    assert "export LLM_CONTAINER=/images/llm.sif" in written(job)
 
 
 def test_where(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,8 +381,8 @@ def test_what_sbatch_would_misread(tmp_path: Path, site: Path, monkeypatch: pyte
     odd.mkdir()
     monkeypatch.chdir(odd)
     template = "#!/bin/bash\n#SBATCH --signal=USR1@300\n#SBATCH -A theirs\n#SBATCH --comment=x # why\ntrue\n"
-    job = submitting.Job("train", "n", Path("runs/n"), [], Slurm(tasks_per_node=1, time="5:00", warning_s=0))
-    rows = submitting.script(job, template).splitlines()
+    job = Job("train", "n", Path("runs/n"), [], Slurm(tasks_per_node=1, time="5:00", warning_s=0))
+    rows = script(job, template).splitlines()
     assert f'#SBATCH --chdir="{odd}"' in rows
     assert f'#SBATCH --output="{str(odd).replace("%", "%%")}/runs/n/jobs/train/log.txt"' in rows
     assert "#SBATCH -A theirs" in rows
@@ -395,6 +401,20 @@ def test_files_of_ones_own_are_frozen(site: Path) -> None:
     script = (site / "submitted").read_text()
     assert arguments(script)[:2] == ["--config-dir", str(folder / "config-dir")]
     assert directives(script)["cpus-per-task"] == "3"
+
+
+def test_the_log_of_a_task_of_an_earlier_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A search submits one array after the other."""
+    monkeypatch.chdir(tmp_path)
+    for number in (0, 2):
+        folder = tmp_path / f"runs/a/jobs/sweep-{number}"
+        folder.mkdir(parents=True)
+        Submission(str(number), "sweep", "a", "runs/a", f"2026-01-0{number + 1}", None, [], 2).write(folder)
+        (folder / f"log-{number}.txt").write_text(f"of task {number}\n")
+    logs(["a", "--task", "0"])
+    assert capsys.readouterr().out == "of task 0\n"
 
 
 def test_the_newest_job_that_trains(tmp_path: Path) -> None:

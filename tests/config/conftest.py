@@ -32,7 +32,7 @@ packages: [toyhouse]
 hydra:
   output_subdir: null
   run: {dir: .}
-  sweep: {dir: "runs/${run_id:sweep}", subdir: .}
+  sweep: {dir: "runs/${oc.env:LLM_RUN_ID}", subdir: .}
 """
 FILES = {
     "train.yaml": TRAIN,

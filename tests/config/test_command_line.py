@@ -104,7 +104,6 @@ def test_mistake_of_one_override(refused: Refused, override: str, message: str) 
         ["model=large", "optimizer.lr=0.1", "+model.dropout=0.1", "~callback.sample", "++trainer.detect_anomaly=true"],
         ["experiment=wide", "optimizer.betas=[0.5,0.6]", "run_name=mine"],
         ["-m", "optimizer.lr=0.1,0.2", "model=small,large", "seed=range(3)"],
-        ["-m", "optimizer.lr=interval(0,1)"],
         ["-m", "optimizer.lr=0.1,0.2", "run_name=mine/${hydra:job.num}"],
         ["-m", "run_dir=here,there"],
         ["hydra.run.dir=elsewhere"],
@@ -139,6 +138,11 @@ def test_each_value_of_a_sweep_is_checked(refused: Refused) -> None:
         "model: huge",
         "model.dim: 9",
     ]
+
+
+def test_what_only_a_sweeper_that_draws_can_read(refused: Refused) -> None:
+    (found,) = refused("-m", "optimizer.lr=interval(0,1)")
+    assert found == "optimizer.lr: interval(0,1) - values are drawn from it by a sweeper - add hydra/sweeper=optuna"
 
 
 def test_jobs_of_a_sweep_do_not_share_a_directory(refused: Refused) -> None:

@@ -46,9 +46,15 @@ def test_job_of_a_sweep_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     job.mode = RunMode.MULTIRUN
     monkeypatch.setattr(HydraConfig.instance(), "cfg", SimpleNamespace(hydra=job))
     assert cfg.run_dir == "runs/id/3"
-    assert OmegaConf.create({"dir": "${run_id:sweep}"}).dir == "id"
     job.job.num = "???"
     assert cfg.run_dir == "runs/id"
+
+
+def test_what_lies_in_a_folder_is_a_group() -> None:
+    names = OmegaConf.create({"run_name": "lr/0", "group": "${run_group:${run_name}}"})
+    assert names.group == "lr"
+    names.run_name = "alone"
+    assert names.group is None
 
 
 def test_misspelt_group_does_not_merge() -> None:

@@ -105,8 +105,8 @@ def test_the_run_id_is_made_once() -> None:
     assert options["run_id"] is None  # the launchers of two nodes would make two: the ranks agree on one
 
 
-def test_a_job_that_fails_ends_the_sweep(tmp_path: Path) -> None:
-    sweep = train("-m", *TWO, "seed=1,2", f"hydra.sweep.dir={tmp_path}", CODE="75")
+def test_a_job_that_fails_ends_the_sweep_of_hydras_own_launcher(tmp_path: Path) -> None:
+    sweep = train("-m", "hydra/launcher=basic", *TWO, "seed=1,2", f"hydra.sweep.dir={tmp_path}", CODE="75")
     assert (sweep.returncode, sweep.stdout.count("[[")) == (75, 1)  # the others are for another time
 
 
@@ -117,6 +117,7 @@ def test_each_job_of_a_sweep_is_a_set_of_processes(tmp_path: Path) -> None:
     sweep = (
         f"--config-dir={tmp_path}",
         "-m",
+        "hydra/launcher=basic",
         *TWO,
         "experiment=mine",
         "~callback.sample",
