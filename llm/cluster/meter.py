@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ class Meter(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._kinds: dict[int, str] = {}
         self._makers: dict[int, str] = {}
+        self._casts: dict[int, tuple[int, str]] = {}
+        self._numbers: dict[int, int] = {}  # places in memory are used again
+        self._count = count()
         self._now: defaultdict[str, int] = defaultdict(int)
         self._total = 0
         self._peak = 0.0
@@ -85,23 +89,26 @@ class Meter(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         super().__exit__(*raised)
 
-    def is_cast(self, tensor: Tensor) -> bool:
-        """Whether this is a weight in another dtype."""
-        key = tensor.untyped_storage()._cdata
-        return self._makers.get(key) == _CAST and self._kinds[key] == "gathered"
+    def maker(self, tensor: Tensor) -> str:
+        """The operator that this, or what it is a view of, is the result of; "" of what was there before."""
+        return self._makers.get(tensor.untyped_storage()._cdata, "")
 
-    def is_product(self, tensor: Tensor) -> bool:
-        """Whether a linear layer has made this."""
-        return self._makers.get(tensor.untyped_storage()._cdata) in ("mm", "addmm", "bmm")
+    def cast_of(self, tensor: Tensor) -> tuple[int, str] | None:
+        """Of a tensor in another dtype, which one it was made of, by a number, and of what kind that was; else None."""
+        return self._casts.get(tensor.untyped_storage()._cdata)
 
     def _made(self, tensor: Tensor, function: Any, args: tuple[Any, ...]) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._sizes:
             self._makers[key] = function.__name__.partition(".")[0]
-            of = self._kinds.get(_own(args[0]).untyped_storage()._cdata) if self._makers[key] == _CAST else None
-            self._sizes[key] = 0
-            self._kinds[key] = "gathered" if of in ("parameters", "gathered") else self.judge(tensor)
+            self._sizes[key], self._kinds[key] = 0, self.judge(tensor)
+            self._numbers[key] = next(self._count)
+            source = _own(args[0]).untyped_storage()._cdata if self._makers[key] == _CAST else None
+            if source in self._kinds:
+                self._casts[key] = self._numbers[source], self._kinds[source]
+                if self._kinds[source] in ("parameters", "gathered"):
+                    self._kinds[key] = "gathered"
             weakref.finalize(storage, self._gone, key)
             self._resized(storage)
 
@@ -113,7 +120,8 @@ class Meter(TorchDispatchMode):
 
     def _gone(self, key: int) -> None:
         self._add(key, -self._sizes[key])
-        del self._sizes[key], self._kinds[key], self._makers[key]
+        del self._sizes[key], self._kinds[key], self._makers[key], self._numbers[key]
+        self._casts.pop(key, None)
 
     def _add(self, key: int, n_bytes: int) -> None:
         self._sizes[key] += n_bytes

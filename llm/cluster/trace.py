@@ -2,9 +2,8 @@
 
 The network, the strategy and the optimizer are the run's own, and so are the operators; only numbers are missing. What
 a GPU does in another way than the CPU on which this is played is played, too: attention in 16 bits, the loss over the
-vocabulary in place. Compiled code is not traced, but what it does with memory is played in two rules: it casts weights
-again where the backward needs them, and computes again what the feed-forward's activation makes of a product. With
-these, recorded peaks of one GPU are met within two per cent (tests/cluster/test_trace.py).
+vocabulary in place. Compiled code is not traced, but what it keeps is played (`_AsCompiled`), by rules with which the
+recorded peaks of one GPU are met within four per cent (tests/cluster/test_trace.py).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,7 @@ class _Step:
         config: TransformerConfig,
     ) -> None:
         self.objective, self.strategy, self.data, self.played, self.config = objective, strategy, data, played, config
+        self.outputs: set[int] = set()  # of blocks, by storage
 
     def worst(self) -> Moments:
         """What there was at the worst of each moment of the step."""
@@ -209,6 +210,7 @@ class _Step:
             stack = getattr(network, side)
             blocks = [] if stack is None else list(stack.blocks)
             for place, block in enumerate(blocks):
+                block.register_forward_hook(lambda _, __, output: self.outputs.add(_storage(output)))
                 which = "last" if place == len(blocks) - 1 else "first" if place == 0 else "a middle"
                 block.register_forward_hook(_at_backward(enter, f"backward of the {side}'s {which} block"))
 
@@ -246,21 +248,51 @@ class _Step:
         return _attention_in(dtype_of(self.played.precision)) if self.played.gpu else nullcontext()
 
     def _kept(self) -> AbstractContextManager[Any]:
-        """What compiled code leaves out of what it keeps for the backward."""
-
-        def pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
-            own = own_part(tensor)
-            activated = tensor.shape[-1:] == (self.config.ffn_width,) and not self.meter.is_product(own)
-            return _made_anew(tensor) if activated or self.meter.is_cast(own) else tensor
-
-        def unpack(kept: Tensor | Callable[[], Tensor]) -> Tensor:
-            return kept if isinstance(kept, Tensor) else kept()
-
-        return torch.autograd.graph.saved_tensors_hooks(pack, unpack) if self.compiled else nullcontext()
+        """What compiled code keeps for the backward, of what is kept without."""
+        return _AsCompiled(self.meter, self.config, self.outputs).hooks() if self.compiled else nullcontext()
 
     def _fused_nats(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
         nats: Tensor = _FusedNats.apply(self.network.logits(hidden, padded=True))
         return nats if reduction == "none" else nats.sum()
+
+
+class _AsCompiled:
+    """What torch.compile keeps from the forward to the backward, of what is kept without it.
+
+    Casts of weights are made again. What several layers read is cast once. Of a residual stream the sum within a block
+    is made again, from the block's input and the product that was added to it. What an activation makes is made again,
+    unless it is what the next product reads.
+    """
+
+    def __init__(self, meter: Meter, config: TransformerConfig, outputs: set[int]) -> None:
+        self._meter, self._outputs = meter, outputs
+        between = config.gated or config.activation == "relu_squared"
+        self._again = ("silu", "gelu", "relu") if between else ()
+        self._casts: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+
+    def hooks(self) -> AbstractContextManager[Any]:
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> Tensor | Callable[[], Tensor]:
+        own = own_part(tensor)
+        maker, cast = self._meter.maker(own), self._meter.cast_of(own)
+        if maker in self._again or (cast is not None and cast[1] in ("parameters", "gathered")):
+            return _made_anew(tensor)
+        if maker == "add" and own.dtype == torch.float32 and own.dim() == 3 and _storage(own) not in self._outputs:
+            product = torch.empty(own.shape, dtype=torch.bfloat16)
+            make = _made_anew(tensor)
+            return lambda: make() if product.numel() else tensor
+        if cast is None:
+            return tensor
+        same = self._casts.setdefault(cast[0], tensor)
+        return same if same.shape == tensor.shape else tensor
+
+    def _unpack(self, kept: Tensor | Callable[[], Tensor]) -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept()
+
+
+def _storage(tensor: Tensor) -> int:
+    return own_part(tensor).untyped_storage()._cdata
 
 
 def _made_anew(tensor: Tensor) -> Callable[[], Tensor]:

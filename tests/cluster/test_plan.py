@@ -85,16 +85,21 @@ LAYOUTS = {
         "trainer.devices=4",
         "strategy.tensor_parallel_size=2",
         "trainer.precision=bf16-mixed",
+        "model.norm=rms",  # which gives float32 on a CPU, too, as under autocast any norm does on a GPU
     ],
 }
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", KIND_OF_RUN)
-def test_bytes_on_the_wire_are_those_that_are_counted(family: str, layout: str, optimizer: str) -> None:
-    found = planned([*RUN, *KIND_OF_RUN[family], *LAYOUTS[layout], f"optimizer={optimizer}"])
-    assert wire(found) == counted(found)
+def test_bytes_on_the_wire_are_those_that_are_counted(family: str, layout: str) -> None:
+    """Of Muon; AdamW exchanges nothing."""
+    run = [*RUN, *KIND_OF_RUN[family], *LAYOUTS[layout]]
+    found = planned([*run, "optimizer=muon"])
+    both = counted(found)
+    assert wire(found) == both
+    alone = wire(planned(run))
+    assert alone == {kind: n for kind, n in both.items() if kind != "all_to_all"}
 
 
 @pytest.mark.parametrize("family", KIND_OF_RUN)
@@ -119,7 +124,8 @@ def test_flops_are_those_that_are_counted(family: str) -> None:
 
 
 def test_parameters_memory_and_table() -> None:
-    found = planned([*RUN, "strategy=fsdp", "trainer.devices=8"], gpu="H100")
+    run = [*RUN, "strategy=fsdp", "trainer.devices=8", "trainer.accelerator=auto"]
+    found = planned(run, gpu="H100")
     made = plan(found, Stated(gpu="H100"))
     assert made.model["parameters"] == Transformer(found.model).n_parameters()
     assert made.memory["peak"] == sum(made.memory[kind] for kind in made.memory if kind in KIND_NAMES)
@@ -163,14 +169,14 @@ def test_a_checkpoint_is_as_large_as_one(tmp_path: Any, texts: Any) -> None:
 
 H100S = ["cluster=gpu", "cluster.gpu_type=h100", "data=text", "data.sources.text.path=x", "logger=none"]
 
-TOO_LARGE = ["cluster.gpus_per_node=1", "tokenizer=bytes", "model=llama_1b", "data.max_length=8192"]
-TOO_LARGE += ["model.max_length=8192", "data.batch_size=32", "data.micro_batch_size=32"]
+TOO_LARGE = ["cluster.gpus_per_node=1", "tokenizer=bytes", "model=gpt2_124m", "data.max_length=1024"]
+TOO_LARGE += ["data.batch_size=256", "data.micro_batch_size=256"]
 
 
 @pytest.mark.parametrize(
     ("run", "problem", "remedy"),
     [
-        (["optimizer.lrr=1e-3"], "no such key", ("without optimizer.lrr", "optimizer.lr=1e-3")),
+        (["optimizer.lrr=1e-3"], "no such key", ("without optimizer.lrr",)),
         (["schedule.warmup_steps=500"], "must be below trainer.max_steps=150", ("schedule.warmup_steps=15",)),
         (["trainer.devices=2"], "drives one device", ("strategy=ddp",)),
         (
