@@ -119,7 +119,7 @@ def remedies(examined: Examined, stated: Stated) -> list[Changes]:
             if n_tries == _TRIES or len(found) == _ALTERNATIVES or len(changes) > longest or changes in found:
                 continue
             n_tries += 1
-            tried = examine(_with(examined.arguments, changes), stated)
+            tried = examine(after(examined.arguments, changes), stated)
             if not tried.problems:
                 found.append(changes)
             elif here.problems[0] not in tried.problems:
@@ -137,7 +137,7 @@ def _key(change: str) -> str:
     return change.removeprefix(_WITHOUT).lstrip("+~").partition("=")[0]
 
 
-def _with(arguments: Changes, changes: Changes) -> Changes:
+def after(arguments: Changes, changes: Changes) -> Changes:
     """Overrides, of which `changes` take the place of those of the same key, or of keys in the group they choose."""
     keys = set(map(_key, changes))
     groups = {key for key in keys if "." not in key}
@@ -196,7 +196,7 @@ def _fitting(examined: Examined, stated: Stated) -> Iterator[Changes]:
     kinds = _levers(examined.subject)
 
     def fits(changes: Changes) -> bool:
-        tried = examine(_with(examined.arguments, changes), stated)
+        tried = examine(after(examined.arguments, changes), stated)
         return tried.plan is not None and _fits(tried.plan)
 
     for n in range(1, len(kinds) + 1):

@@ -25,8 +25,6 @@ from llm.run import run
 from tests.cluster.box import TINY, cpu
 from tests.test_conf import CONF, EXPERIMENTS, FINE_TUNING, needs
 
-CLUSTERS = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
-
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
