@@ -26,6 +26,8 @@ RESULTS = Path(__file__).parent / "results" / "plans.json"
 ON_H100 = ("cluster=gpu", "cluster.gpu_type=h100", "cluster.gpus_per_node=8", "tokenizer=bytes", "data=files")
 LLAMA_8B = (*ON_H100, "model=llama_8b", "optimizer=adamw", "data.max_length=8192", "data.batch_size=64")
 LLAMA_1B = (*ON_H100, "model=llama_1b", "optimizer=adamw", "data.max_length=4096", "data.batch_size=64")
+ON_32 = (*LLAMA_8B[:-1], "strategy=fsdp", "trainer.precision=bf16-true", "cluster.nodes=4", "data.batch_size=128")
+ON_32 = (*ON_32, "data.micro_batch_size=1")
 RUNS: dict[str, tuple[str, ...]] = {
     "a misspelt key": ("optimizer.learning_rate=1e-3",),
     "a misspelt choice": ("trainer.precision=bf16_mixed",),
@@ -55,10 +57,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "8B with large micro-batches": (*LLAMA_8B, "strategy=fsdp", "trainer.precision=bf16-true"),
     "1B with large micro-batches": (*LLAMA_1B, "strategy=ddp", "data.micro_batch_size=8"),
     "a vocabulary of 128k at once": (*LLAMA_1B, "model.vocab_size=128256", "strategy=fsdp", "data.micro_batch_size=8"),
-    "a warning shorter than a save": (*LLAMA_8B[:-1], "strategy=fsdp", "trainer.precision=bf16-true", "cluster.nodes=4")
-    + ("data.batch_size=128", "data.micro_batch_size=1", "strategy.checkpointing=full", "cluster.warning_s=30"),
-    "a time limit that restarts do not cover": (*LLAMA_1B, "strategy=fsdp", "data.micro_batch_size=1")
-    + ("trainer.max_steps=2000000", "cluster.max_requeues=1"),
+    "a warning shorter than a save": (*ON_32, "strategy.checkpointing=full", "cluster.warning_s=30"),
+    "a time limit that restarts do not cover": (*ON_32, "trainer.max_steps=2000000", "cluster.max_requeues=1"),
 }
 
 
