@@ -155,25 +155,25 @@ def _candidates(examined: Examined, stated: Stated) -> Iterator[Changes]:
 
 def _named(text: str, arguments: Sequence[str]) -> Iterator[Changes]:
     """What the line itself names: the word that was meant; key=value; values that its key may have, or another key's;
-    at last, to leave out what was given."""
-    key = re.split(r":| = |=", text, maxsplit=1)[0].strip()
-    rest = text[len(key) :]
-    given = next((argument.partition("=")[2] for argument in arguments if _key(argument) == key), None)
-    for meant in re.findall(r"[\w./-]+", rest.partition("did you mean")[2].replace(" or ", " ")):
-        if "no such" not in rest:
-            yield (f"{key}={meant}",)
-        elif given is not None:
-            yield (f"{_WITHOUT}{key}", f"{meant}={given}")
-    for name, value, others in _ASSIGNED.findall(rest):
-        yield from ((f"{name}={word}",) for word in (value, *re.findall(r"[\w-]+", others)) if name != key)
-        yield (f"{key}={value}",)
-        if given is not None:
-            yield (f"{name}={given}",)
-    yield from ((f"{key}={number}",) for number in _numbers(rest))
-    if "null" in rest:
-        yield (f"{key}=null",)
-    if given is not None:
-        yield (f"{_WITHOUT}{key}",)
+    at last, to leave out what was given. A rule may be one of two keys, as `a x b`."""
+    head = re.split(r":| = |=", text, maxsplit=1)[0].strip()
+    rest, keys = text[len(head) :], head.split(" x ")
+    given = {_key(argument): argument.partition("=")[2] for argument in arguments}
+    for key in keys:
+        for meant in re.findall(r"[\w./-]+", rest.partition("did you mean")[2].replace(" or ", " ")):
+            if "no such" not in rest:
+                yield (f"{key}={meant}",)
+            elif key in given:
+                yield (f"{_WITHOUT}{key}", f"{meant}={given[key]}")
+        for name, value, others in _ASSIGNED.findall(rest):
+            yield from ((f"{name}={word}",) for word in (value, *re.findall(r"[\w-]+", others)) if name != key)
+            yield (f"{key}={value}",)
+            if key in given:
+                yield (f"{name}={given[key]}",)
+    numbers = list(_numbers(rest))
+    yield from ((f"{key}={number}",) for key in keys if len(keys) == 1 or key in given for number in numbers)
+    yield from ((f"{key}=null",) for key in keys if "null" in rest)
+    yield from ((f"{_WITHOUT}{key}",) for key in keys if key in given)
 
 
 def _numbers(rule: str) -> Iterator[int]:
