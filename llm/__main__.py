@@ -364,7 +364,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 def main(arguments: Sequence[str]) -> None:
     """Run a command; mistakes of the user's are one line and an exit code, as for train.py."""
     if not arguments or arguments[0] not in COMMANDS:
-        lines = [f"  {name:<10}{function.__doc__}" for name, function in COMMANDS.items()]
+        lines = [f"  {name:<12}{function.__doc__}" for name, function in COMMANDS.items()]
         print("usage: python -m llm COMMAND …\n" + "\n".join(lines), file=sys.stdout if not arguments else sys.stderr)
         sys.exit(64 if arguments and arguments[0] not in ("-h", "--help") else 0)
     from llm.exit import guarded

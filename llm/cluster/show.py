@@ -43,10 +43,11 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     trained = f", {plan.model['trained']:,} of them trained" if "trained" in plan.model else ""
     yield "model", f"{plan.model['parameters']:,} parameters{trained}, {plan.model['family']}"
     shared = "" if step["processes"] == step["with_data_of_their_own"] else f" ({step['with_data_of_their_own']} data)"
+    processes = _counted(step["processes"], "process", "es")
     yield (
         "step",
-        f"{step['positions']:,} positions in {step['rows']:,} rows: {step['processes']:,} processes{shared} x "
-        f"{step['micro_batches']} micro-batches of {step['micro_batch_rows']} rows",
+        f"{step['positions']:,} positions in {step['rows']:,} rows: {processes}{shared} x "
+        f"{_counted(step['micro_batches'], 'micro-batch', 'es')} of {_counted(step['micro_batch_rows'], 'row')}",
     )
     yield "FLOPs", f"{step['matmul_flops']:.4g} a step in matrix products, {step['model_flops']:.4g} as MFU counts"
     yield "", f"({step['convention']})"
@@ -59,11 +60,16 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "data", _data(plan)
 
 
+def _counted(n: int, what: str, plural: str = "s") -> str:
+    return f"{n:,} {what}{'' if n == 1 else plural}"
+
+
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     memory = plan.memory
-    of = f" of {memory['usable'] / _GIB:.1f} GiB that it may have" if memory["usable"] is not None else ""
-    yield "memory", f"{memory['peak'] / _GIB:.3g} GiB a process at the worst ({memory['at']}){of}"
-    parts = (f"{_NAMES.get(kind, kind)} {memory[kind] / _GIB:.3g}" for kind in KINDS if memory[kind])
+    unit, name = (_GIB, "GiB") if memory["peak"] >= _GIB else (2.0**20, "MiB")
+    of = f" of {memory['usable'] / unit:.1f} {name} that it may have" if memory["usable"] is not None else ""
+    yield "memory", f"{memory['peak'] / unit:.3g} {name} a process at the worst ({memory['at']}){of}"
+    parts = (f"{_NAMES.get(kind, kind)} {memory[kind] / unit:.3g}" for kind in KINDS if memory[kind])
     yield "", ", ".join(parts)
 
 
