@@ -32,6 +32,7 @@ FLOORS: dict[str, set[str]] = {
         "agree",
         "attempts",
         "build",
+        "checkpoint",
         "code",
         "command",
         "config",

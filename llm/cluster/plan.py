@@ -5,16 +5,20 @@ Everything here is counted, of the run's own parts (`llm/cluster/subject.py`), b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from llm.checkpoint import newest
+from llm.checkpoint.manifest import MANIFEST
 from llm.cluster.scaling import H100_ETHERNET, H100_INFINIBAND, Cluster, StepTime, step_time, update_s
 from llm.cluster.subject import Stated, Subject, is_prepared
 from llm.cluster.trace import peak
@@ -241,6 +245,8 @@ def _data(subject: Subject) -> dict[str, Any]:
     """What is prepared, and how often it will be seen."""
     data = subject.data
     found: dict[str, Any] = {"prepared": is_prepared(data), "init_from": subject.cfg.init_from}
+    if subject.cfg.init_from is not None:
+        found["weights"] = _fingerprint(Path(subject.cfg.init_from))
     if not found["prepared"]:
         return found
     found |= {"fingerprint": data.fingerprint, "tokenizer": data.tokenizer.fingerprint}
@@ -252,3 +258,12 @@ def _data(subject: Subject) -> dict[str, Any]:
         found["epochs"] = {name: drawn * s / n for (name, n), s in zip(n_rows.items(), shares, strict=True)}
         found["tokens"] = round(subject.n_steps * data.tokens_per_step)
     return found
+
+
+def _fingerprint(weights: Path) -> str | None:
+    """Of the checkpoint that training starts from, by its manifest, which has a digest of every file; None of weights
+    that are not ours."""
+    step = weights if (weights / MANIFEST).exists() else newest(weights)
+    if step is None or not (step / MANIFEST).exists():
+        return None
+    return hashlib.sha256((step / MANIFEST).read_bytes()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from contextlib import ExitStack, nullcontext
@@ -165,6 +166,8 @@ def test_a_checkpoint_is_as_large_as_one(tmp_path: Any, texts: Any) -> None:
     found = planned(run)
     n_bytes = sum(file.stat().st_size for file in step.rglob("*.safetensors"))
     assert plan(found, Stated()).checkpoint["bytes"] == pytest.approx(n_bytes, rel=0.05)
+    onwards = plan(planned([*run, f"init_from={tmp_path}"]), Stated()).data["weights"]
+    assert onwards == hashlib.sha256((step / "MANIFEST.json").read_bytes()).hexdigest()[:16]
 
 
 H100S = ["cluster=gpu", "cluster.gpu_type=h100", "data=text", "data.sources.text.path=x", "logger=none"]
