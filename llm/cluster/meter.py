@@ -14,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llm.reduce import own_part
+
 _CAST = "_to_copy"
 _WIRE = ("c10d", "_c10d_functional", "fsdp")  # operators that gather, scatter and sum
 Judge = Callable[[Tensor], str]
@@ -57,7 +59,7 @@ class Meter(TorchDispatchMode):
     def call(self, kind: str, tensors: list[Tensor]) -> None:
         """Say what kind these are of."""
         for tensor in tensors:
-            key = _own(tensor).untyped_storage()._cdata
+            key = own_part(tensor).untyped_storage()._cdata
             if key in self._sizes and self._kinds[key] != kind:
                 self._now[self._kinds[key]] -= self._sizes[key]
                 self._kinds[key] = kind
@@ -104,7 +106,7 @@ class Meter(TorchDispatchMode):
             self._makers[key] = function.__name__.partition(".")[0]
             self._sizes[key], self._kinds[key] = 0, self.judge(tensor)
             self._numbers[key] = next(self._count)
-            source = _own(args[0]).untyped_storage()._cdata if self._makers[key] == _CAST else None
+            source = own_part(args[0]).untyped_storage()._cdata if self._makers[key] == _CAST else None
             if source in self._kinds:
                 self._casts[key] = self._numbers[source], self._kinds[source]
                 if self._kinds[source] in ("parameters", "gathered"):
@@ -132,7 +134,3 @@ class Meter(TorchDispatchMode):
         if self._total > self._peak:
             self._peak = self._total
             self.worst[self._moment] = dict(self._now)
-
-
-def _own(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

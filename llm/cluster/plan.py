@@ -15,17 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llm.checkpoint import newest
 from llm.checkpoint.manifest import MANIFEST
 from llm.cluster.scaling import H100_ETHERNET, H100_INFINIBAND, Cluster, StepTime, step_time, update_s
 from llm.cluster.subject import Stated, Subject, is_prepared
-from llm.cluster.trace import peak
+from llm.cluster.trace import on_meta, peak
 from llm.cluster.traffic import Layout, bytes_by_kind, stages
 from llm.code import ROOT
 from llm.hardware import Gpu, gpu_named
-from llm.model import Transformer
 from llm.optimizer import MuonAdamW
 from llm.optimizer.groups import hidden_matrices
 from llm.optimizer.muon import traffic
@@ -58,13 +55,12 @@ class Plan:
 
 def plan(subject: Subject, stated: Stated) -> Plan:
     """All of it."""
-    time = _time(subject, stated)
     return Plan(
         model=_model(subject),
         step=_step(subject),
         memory=_memory(subject),
         wire=dict(wire(subject)),
-        time=time,
+        time=_time(subject, stated),
         checkpoint=_checkpoint(subject, stated),
         data=_data(subject),
     )
@@ -79,15 +75,16 @@ def _model(subject: Subject) -> dict[str, Any]:
 
 def _step(subject: Subject) -> dict[str, Any]:
     rows, data = subject.rows, subject.data
+    positions = data.batch_size * (rows.length + rows.target)
     return {
         "rows": data.batch_size,
-        "positions": data.batch_size * (rows.length + rows.target),
+        "positions": positions,
         "processes": subject.world_size,
         "with_data_of_their_own": subject.n_data,
         "micro_batches": subject.n_micro_batches,
         "micro_batch_rows": rows.n,
         "matmul_flops": matmul_flops(subject),
-        "model_flops": subject.flops_per_token * data.batch_size * (rows.length + rows.target),
+        "model_flops": subject.flops_per_token * positions,
         "convention": "6N + 12·L·H·K·T a token, causal attention not halved, recomputation not counted",
     }
 
@@ -128,10 +125,7 @@ def wire(subject: Subject) -> Counter[str]:
 def _of_muon(subject: Subject) -> Counter[str]:
     """Its exchange of matrices, which depends on all of them."""
     with fake_ranks(subject.world_size):
-        with torch.device("meta"):
-            placed = Transformer(subject.model)
-            if subject.objective.adapter is not None:
-                subject.objective.adapter.attach(placed)
+        placed = on_meta(subject.model, subject.objective.adapter)
         if isinstance(subject.strategy, FSDP):
             subject.strategy.lay_out("cpu", subject.world_size, subject.precision)
             subject.strategy.place(placed, "none", 1)

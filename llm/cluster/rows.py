@@ -9,8 +9,7 @@ from torch import Tensor
 
 from llm.data import TextData
 from llm.data.task import Masking
-
-_GRANULE = 128  # predicted places come in such numbers: llm/objective/masked_lm.py
+from llm.objective.masked_lm import GRANULE
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def rows_of(data: TextData, n_data_processes: int) -> Rows:
         scored = 0
     elif data.family == "encoder":
         rates = [task.rate for task in data.tasks.values() if isinstance(task, Masking)]
-        scored = -(-round(n * data.max_length * sum(rates) / len(rates)) // _GRANULE) * _GRANULE
+        scored = -(-round(n * data.max_length * sum(rates) / len(rates)) // GRANULE) * GRANULE
     else:
         scored = n * (target or data.max_length)
     rows = Rows(n, data.max_length, target, scored)

@@ -14,7 +14,7 @@ from llm.agree import agree
 from llm.build import built
 from llm.cluster.rows import Rows, rows_of
 from llm.cluster.slurm import Slurm, cluster_of
-from llm.cluster.trace import Moments, Played, trace
+from llm.cluster.trace import Moments, Played, on_meta, trace
 from llm.cluster.traffic import Layout, Model
 from llm.config import ConfigError
 from llm.config.mistake import line
@@ -78,11 +78,7 @@ class Subject:
     @cached_property
     def network(self) -> Transformer:
         """On the meta device."""
-        with torch.device("meta"):
-            network = Transformer(self.model)
-            if self.objective.adapter is not None:
-                self.objective.adapter.attach(network)
-        return network
+        return on_meta(self.model, self.objective.adapter)
 
     @property
     def n_data(self) -> int:

@@ -29,6 +29,7 @@ from llm.data import TextData
 from llm.model import Transformer, TransformerConfig
 from llm.model.mask import LONG
 from llm.objective import Objective, Preference
+from llm.objective.given import Adapter
 from llm.objective.scale import Scale, start
 from llm.reduce import clip_gradients, own_part
 from llm.strategy import DDP, FSDP, Single
@@ -59,6 +60,15 @@ class Played:
     gpu: bool
     rows: Rows
     n_micro_batches: int
+
+
+def on_meta(config: TransformerConfig, adapter: Adapter | None) -> Transformer:
+    """The network that a run trains, without memory."""
+    with torch.device("meta"):
+        network = Transformer(config)
+        if adapter is not None:
+            adapter.attach(network)
+    return network
 
 
 def trace(objective: Objective, strategy: Single | DDP | FSDP, data: TextData, played: Played) -> Moments:
@@ -141,10 +151,7 @@ class _Step:
     def _built(self) -> Transformer:
         """The network as the strategy has it, on the meta device."""
         played, strategy = self.played, self.strategy
-        with torch.device("meta"):
-            network = Transformer(self.config)
-            if self.objective.adapter is not None:
-                self.objective.adapter.attach(network)
+        network = on_meta(self.config, self.objective.adapter)
         device = torch.device("cuda" if played.gpu else "cpu")
         spread = isinstance(strategy, FSDP)
         self.compiled = resolve(strategy.compile, network, device, spread=spread) != "none"

@@ -12,7 +12,7 @@ from llm.objective.base import Objective
 from llm.objective.given import Batch
 from llm.objective.loss import IGNORED, Loss, gathered, n_labels, token_nats
 
-_GRANULE = 128  # logits come in few shapes, whose memory is found again
+GRANULE = 128  # logits come in few shapes, whose memory is found again
 
 
 class MaskedLM(Objective):
@@ -87,7 +87,7 @@ def places(labels: Tensor) -> MutableMapping[str, Tensor]:
     """
     flat = labels.flatten()
     at = (flat != IGNORED).nonzero().squeeze(1)
-    n_more = -len(at) % _GRANULE if len(at) else _GRANULE
+    n_more = -len(at) % GRANULE if len(at) else GRANULE
     found = {
         "predicted_at": F.pad(at, (0, n_more)),
         "predicted_labels": F.pad(flat[at], (0, n_more), value=IGNORED),
