@@ -27,6 +27,7 @@ from llm.cluster.meter import Meter
 from llm.cluster.rows import Rows, batch
 from llm.data import TextData
 from llm.model import Transformer, TransformerConfig
+from llm.model.feed_forward import TanhGelu
 from llm.model.mask import LONG
 from llm.objective import Objective, Preference
 from llm.objective.given import Adapter
@@ -144,7 +145,7 @@ class _Step:
             stack.callback(setattr, self.objective, "model", None)
             self._set_up()
             self.meter.forget()
-            with self._autocast(), self._attention(), self._kept():
+            with self._autocast(), self._kernels(), self._kept():
                 self._take()
         return self.meter.worst
 
@@ -251,8 +252,8 @@ class _Step:
             return nullcontext()
         return torch.autocast("cpu", torch.bfloat16, cache_enabled=not self.compiled)
 
-    def _attention(self) -> AbstractContextManager[Any]:
-        return _attention_in(dtype_of(self.played.precision)) if self.played.gpu else nullcontext()
+    def _kernels(self) -> AbstractContextManager[Any]:
+        return _kernels_of_gpu(dtype_of(self.played.precision)) if self.played.gpu else nullcontext()
 
     def _kept(self) -> AbstractContextManager[Any]:
         """What compiled code keeps for the backward, of what is kept without."""
@@ -352,16 +353,18 @@ def _unwarned() -> Iterator[None]:
 
 
 @contextmanager
-def _attention_in(dtype: torch.dtype) -> Iterator[None]:
+def _kernels_of_gpu(dtype: torch.dtype) -> Iterator[None]:
     """A GPU's attention keeps what it is given in 16 bits, for which llm/model/kernel.py has float32 on a CPU; and what
-    it drops out, it does not keep."""
-    compute = F.scaled_dot_product_attention
+    it drops out, it does not keep. Its GELU keeps only what it is given."""
+    compute, cpu_gelu = F.scaled_dot_product_attention, TanhGelu.apply
 
     def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
         return compute(query.to(dtype), key.to(dtype), value.to(dtype), **options | {"dropout_p": 0.0})
 
     F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    TanhGelu.apply = partial(F.gelu, approximate="tanh")  # type: ignore[method-assign]
     try:
         yield
     finally:
         F.scaled_dot_product_attention = compute
+        TanhGelu.apply = cpu_gelu  # type: ignore[method-assign]

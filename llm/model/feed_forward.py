@@ -1,10 +1,13 @@
 """The position-wise half of a block."""
 
+import math
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from llm.model.config import TransformerConfig
 from llm.model.initialisation import Linear
@@ -16,16 +19,51 @@ def relu_squared(hidden: Tensor) -> Tensor:
     return hidden * F.relu(hidden)
 
 
+class TanhGelu(torch.autograd.Function):
+    """0.5 x (1 + tanh(u / 2)) as x σ(u), u = 2 sqrt(2/π) (x + 0.044715 x³), for CPUs.
+
+    Of 16 bits it computes in 32, as torch's kernel does, which takes a tanh, and a slow one, in the forward and another
+    in the backward: 6.0 ms for 1,024 x 768 on a core with AVX2, where these passes take 2.7.
+    """
+
+    LINEAR, CUBIC = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        """Any shape."""
+        x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        gate = torch.addcmul(x.new_full((), TanhGelu.LINEAR), x, x, value=TanhGelu.CUBIC).mul_(x).sigmoid_()
+        ctx.save_for_backward(hidden, gate)
+        return (x * gate).to(hidden.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # of one output
+        """gradient · (σ + x σ (1 - σ) u')."""
+        hidden, gate = ctx.saved_tensors
+        x = hidden.to(gate.dtype)
+        slope = torch.addcmul(x.new_full((), TanhGelu.LINEAR), x, x, value=3 * TanhGelu.CUBIC).mul_(x)
+        return torch.ops.aten.sigmoid_backward(slope, gate).add_(gate).mul_(gradient).to(hidden.dtype)
+
+
+def gelu_tanh(hidden: Tensor) -> Tensor:
+    """GELU by its approximation with a tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    if hidden.device.type == "cpu" and hidden.requires_grad and not torch.compiler.is_compiling():
+        result: Tensor = TanhGelu.apply(hidden)
+        return result
+    return F.gelu(hidden, approximate="tanh")
+
+
 # A gated activation is named after what its gate goes through.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "relu": F.relu,
     "silu": F.silu,
     "relu_squared": relu_squared,
     "swiglu": F.silu,
     "geglu": F.gelu,
-    "geglu_tanh": partial(F.gelu, approximate="tanh"),
+    "geglu_tanh": gelu_tanh,
 }
 
 
