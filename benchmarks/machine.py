@@ -63,12 +63,14 @@ def installed() -> dict[str, str]:
 
 
 def about() -> dict[str, Any]:
-    """The machine, the commit, the time and the load."""
+    """The machine, the instructions that torch uses of it, the commit, the time and the load."""
+    import torch
+
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False)
-    cores = len(os.sched_getaffinity(0))
+    cores, instructions = len(os.sched_getaffinity(0)), torch.backends.cpu.get_cpu_capability()
     return {
-        "machine": f"{cpu_name()}, {cores} cores, {platform.machine()}, Linux {platform.release()}",
+        "machine": f"{cpu_name()}, {cores} cores, {instructions}, Linux {platform.release()}",
         "python": platform.python_version(),
         "versions": installed(),
         "commit": commit.stdout.strip() or None,

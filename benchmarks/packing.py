@@ -13,14 +13,15 @@ from llm.objective.loss import IGNORED
 STEPS = 10
 
 
-def packed_against_padded(session: Session, run: Sequence[str], *, of_theory: float = 1.0) -> list[Row]:
+def packed_against_padded(session: Session, run: Sequence[str], *, rows: int, of_theory: float = 1.0) -> list[Row]:
     """The rows of a measure over a run of packed rows.
 
     Args:
         run: overrides of a run whose rows hold several documents.
+        rows: of a packed step.
         of_theory: the part of the padding avoided that the gain has to reach.
     """
-    n_steps, rows = session.n_steps(STEPS), 4 if session.smoke else 16
+    n_steps = session.n_steps(STEPS)
     small = ["model.dim=32", "model.n_layers=1", "model.n_heads=2", "model.ffn_dim=64"] if session.smoke else []
     run = [
         *run,
