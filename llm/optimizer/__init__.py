@@ -38,12 +38,11 @@ class AdamW:
 
     def build(self, model: nn.Module) -> Optimizer:
         """The torch optimizer over `model`'s parameters."""
-        import torch
-
+        from llm.optimizer.fused_adamw import FusedAdamW
         from llm.optimizer.groups import adamw_factor, at_their_rates, decay_groups
 
         groups = at_their_rates(model, decay_groups(model, self.weight_decay), self.lr, adamw_factor)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=_pair(self.betas), eps=self.eps, fused=True)
+        return FusedAdamW(groups, lr=self.lr, betas=_pair(self.betas), eps=self.eps)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from llm.optimizer.fused_adamw import FusedAdamW
 from llm.optimizer.groups import adamw_factor, at_their_rates, decay_groups, hidden_matrices, muon_factor
 from llm.optimizer.muon import Muon
 
@@ -38,7 +39,7 @@ class MuonAdamW(Optimizer):
             for group in decay_groups(model, weight_decay)
         ]
         rest = at_their_rates(model, rest, lr, adamw_factor)
-        adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, fused=True)
+        adamw = FusedAdamW(rest, lr=lr, betas=betas, eps=eps)
         self.inner: dict[str, Optimizer] = {"muon": muon, "adamw": adamw}
         groups = [
             {"algorithm": name, **group} for name, optimizer in self.inner.items() for group in optimizer.param_groups

@@ -64,6 +64,40 @@ def test_adamw_is_torch_adamw() -> None:
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
 
 
+def test_adamw_goes_on_from_torchs_state_and_torch_from_its() -> None:
+    """Also where a parameter has no gradient for some steps: its moments stay, and its own count of steps."""
+    ours, theirs = model(), model()
+    mine = AdamW(lr=1e-2, weight_decay=0.1).build(ours)
+    groups = [{**group, "params": of(theirs, ours, group["params"])} for group in mine.param_groups]
+    other = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    for step in range(6):
+        for network in (ours, theirs):
+            give_gradients(network.parameters(), step)
+            if step % 2:
+                next(network.parameters()).grad = None
+        mine.step()
+        other.step()
+        if step == 3:
+            first, second = copy.deepcopy(mine.state_dict()), copy.deepcopy(other.state_dict())
+            torch.testing.assert_close(first, second, rtol=0, atol=0)
+            mine.load_state_dict(second)
+            other.load_state_dict(first)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    assert {float(state["step"]) for state in mine.state.values()} == {3.0, 6.0}
+
+
+def test_adamw_calls_its_closure_under_grad() -> None:
+    network = model()
+    optimizer = AdamW(lr=1e-2).build(network)
+    assert optimizer.step(lambda: torch.is_grad_enabled()) is True
+
+
+def of(network: nn.Module, other: nn.Module, parameters: list[Tensor]) -> list[Tensor]:
+    """Those of `network` that are called as these of `other`."""
+    names = {id(parameter): name for name, parameter in other.named_parameters()}
+    return [network.get_parameter(names[id(parameter)]) for parameter in parameters]
+
+
 def give_gradients(parameters: Iterable[Tensor], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in parameters:
