@@ -83,8 +83,16 @@ class Outcome:
 
     def more_us_per_step(self, name: str, other: str) -> Spread:
         """How much longer a step takes than that of `other`, in microseconds."""
+        return Spread.of(self._more(name, other))
+
+    def share_of_more(self, name: str, third: str, other: str) -> Spread:
+        """What a step takes beyond that of `other`, in per cent of what `third`'s takes beyond it."""
+        pairs = zip(self._more(name, other), self._more(third, other), strict=True)
+        return Spread.of([100 * mine / theirs for mine, theirs in pairs])
+
+    def _more(self, name: str, other: str) -> list[float]:
         pairs = zip(self.rounds[name], self.rounds[other], strict=True)
-        return Spread.of([1e6 * (a[self.clock] - b[self.clock]) / a["steps"] for a, b in pairs])
+        return [1e6 * (a[self.clock] - b[self.clock]) / a["steps"] for a, b in pairs]
 
     def figures(self) -> dict[str, Any]:
         """For the record."""
