@@ -49,9 +49,17 @@ class RunExistsError(ValueError):
 
 
 class LostPeerError(Exception):
-    """Another rank is gone, did not come, or does not answer; whatever ended it is the cause, not this."""
+    """Another rank is gone, did not come, or does not answer; whatever ended it is the cause, not this.
+
+    Args:
+        cause: the exit code with which that rank said it would leave, if it said so.
+    """
 
     exit_code = LOST
+
+    def __init__(self, message: str, cause: int | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 def as_rank(rank: int, n_ranks: int, *, watched: bool = False) -> None:
@@ -108,7 +116,14 @@ def guarded(first: Callable[[int], bool] = _first_is_me, then: Callable[[], None
                 _say(error, code)
             then()
         finally:  # whatever happens while speaking, a second Ctrl-C or a closed pipe
-            _leave(code)
+            _leave(_of_cause(error, code))
+
+
+def _of_cause(error: BaseException, code: int) -> int:
+    """srun ends with the highest code of its tasks: who only lost another must not ask for one more try of what no try
+    mends. Our launcher tells the two apart by themselves."""
+    cause = error.cause if isinstance(error, LostPeerError) and not _watched else None
+    return code if cause is None or code != LOST else cause
 
 
 def stand_back(code: int, wait_s: float = STAND_BACK_S) -> NoReturn:

@@ -266,6 +266,12 @@ def test_a_rank_says_in_one_line_that_it_lost_another() -> None:
     assert (done.returncode, done.stderr) == (76, "rank 0: rank 1 did not arrive\n")
 
 
+def test_who_was_told_why_another_left_does_not_ask_for_another_try() -> None:
+    """Before the run begins nothing is on record, and srun ends with the highest code of its tasks."""
+    assert rank("raise LostPeerError('rank 0 failed', 65)").returncode == 65
+    assert rank("as_rank(1, 2, watched=True)\nraise LostPeerError('rank 0 failed', 65)").returncode == 76
+
+
 def test_a_rank_puts_its_name_before_each_line() -> None:
     done = rank("1 / 0")
     assert done.returncode == 70

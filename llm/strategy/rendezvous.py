@@ -208,7 +208,7 @@ class Rendezvous:
 
 def _lost(text: str, code: int) -> LostPeerError:
     """Who leaves because another was told to go was told so, too: nothing is lost."""
-    error = LostPeerError(text)
+    error = LostPeerError(text, code)
     error.exit_code = SAVED if code == SAVED else LOST
     return error
 

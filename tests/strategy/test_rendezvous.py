@@ -115,7 +115,9 @@ def test_who_waits_learns_that_another_failed() -> None:
     results = each([fails, lambda: two.share("start", pytest.fail), lambda: three.once_per_node("data", pytest.fail)])
     assert results[0] is True
     assert [str(result) for result in results[1:]] == ["rank 0 failed"] * 2
-    assert [type(result) for result in results[1:]] == [LostPeerError] * 2
+    for error in results[1:]:
+        assert isinstance(error, LostPeerError)
+        assert (error.exit_code, error.cause) == (76, 70)
     assert not two.first_to_fail(70)
     assert one.first_to_fail(70), "asking again changes nothing"
 
