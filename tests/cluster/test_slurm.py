@@ -227,6 +227,15 @@ def test_what_is_wrong_with_a_start_is_said(box: Box) -> None:
     assert "gloo takes eth0" in log
 
 
+def test_what_no_other_try_mends_is_not_tried_again(box: Box) -> None:
+    """Data that is not there: the rank that only waits leaves with the other's code, and srun gives the highest."""
+    job = box.sbatch("--nodes=2", "--ntasks-per-node=1", "slurm/train.sbatch", *TINY, DDP, "data.path=nowhere.jsonl")
+    assert box.ended(job) == "FAILED"
+    log = (box.site / f"slurm-{job}.log").read_text()
+    assert "== exit code 65" in log, log
+    assert "queued again" not in log
+
+
 def test_refused_before_sbatch(box: Box) -> None:
     """What the partition has not; and what only sbatch knows, in its own words."""
     beyond = box.llm("submit", "--dry-run", "cluster=gpu", "cluster.nodes=9", "cluster.time=3-00:00:00", *TINY, DDP)
