@@ -229,7 +229,7 @@ def test_what_is_wrong_with_a_start_is_said(box: Box) -> None:
 
 def test_what_no_other_try_mends_is_not_tried_again(box: Box) -> None:
     """Data that is not there: the rank that only waits leaves with the other's code, and srun gives the highest."""
-    job = box.sbatch("--nodes=2", "--ntasks-per-node=1", "slurm/train.sbatch", *TINY, DDP, "data.path=nowhere.jsonl")
+    job = box.sbatch("--ntasks-per-node=2", "slurm/train.sbatch", *TINY, DDP, "data.path=nowhere.jsonl")
     assert box.ended(job) == "FAILED"
     log = (box.site / f"slurm-{job}.log").read_text()
     assert "== exit code 65" in log, log
