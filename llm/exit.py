@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeGuard
 
 FINISHED, STOPPED_EARLY = "finished", "stopped early"
 _FILE = "exit.json"
-BUG, EXISTS, STORAGE, LOST, INTERRUPTED = 70, 73, 74, 76, 130
+BUG, EXISTS, STORAGE, SAVED, LOST, INTERRUPTED = 70, 73, 74, 75, 76, 130
 
 # What gloo and NCCL say when a peer is gone or silent.
 _LOST = (
@@ -156,6 +156,20 @@ def recorded(run_dir: Path) -> Iterator[None]:
             )
             lost.exit_code = first["code"]
             raise lost from error
+        raise
+
+
+@contextlib.contextmanager
+def before_begun(run_dir: Path) -> Iterator[None]:
+    """If the body raises what no other try mends, the cause is left in `exit.json`, though the run never began."""
+    try:
+        yield
+    except BaseException as error:
+        code = exit_code(error)
+        if code not in (0, SAVED, LOST, INTERRUPTED) and not isinstance(error, LostPeerError):
+            with contextlib.suppress(OSError):
+                forget(run_dir)
+                record(run_dir, code, f"{type(error).__name__}: {error}", _rank if _n_ranks > 1 else None)
         raise
 
 

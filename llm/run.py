@@ -36,7 +36,7 @@ from llm.checkpoint import (
 from llm.config import ConfigError, check
 from llm.console import quiet, speak
 from llm.data import TextData
-from llm.exit import RunExistsError, as_rank, finished, forget, guarded, record, recorded, write_end
+from llm.exit import RunExistsError, as_rank, before_begun, finished, guarded, recorded, write_end
 from llm.guard import DivergedError, RollBackError, Window
 from llm.launch import place
 from llm.lock import FOLDER, Lock
@@ -45,7 +45,7 @@ from llm.model import Pretrained, node_of
 from llm.signals import PreemptedError
 from llm.strategy import Rendezvous, Stored, first_to_fail, leave, meet, see_off
 
-_BEFORE = (FOLDER, "jobs")  # what lies in a run directory before there is a run
+_BEFORE = (FOLDER, "jobs", "exit.json")  # what lies in a run directory before there is a run
 _log = logging.getLogger(__name__)
 
 
@@ -209,11 +209,12 @@ def _fit(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
 def _trained(cfg: DictConfig, data: TextData, together: Rendezvous, found: str | None, lock: Lock) -> Outcome:
     run_dir = Path(cfg.run_dir)
     _log.info("%s: preparing the data", run_dir)
-    together.once_per_node("data", data.prepare)
-    data.prepare()  # which finds what was made
-    _set_length(cfg, data)
     world_size = together.here.world_size
-    step = together.share("start", lambda: _start(cfg, data, found, world_size))
+    with before_begun(run_dir):
+        together.once_per_node("data", data.prepare)
+        data.prepare()  # which finds what was made
+        _set_length(cfg, data)
+        step = together.share("start", lambda: _start(cfg, data, found, world_size))
     if step is not None:
         _log.info("%s: finished already, at step %d; a larger trainer.max_steps continues it", run_dir, step)
         return Outcome(run_dir, step, {})
@@ -336,12 +337,7 @@ def _start(cfg: DictConfig, data: TextData, checkpoint: str | None, world_size: 
         _log.info("continuing from %s", checkpoint)
     elif cfg.init_from is not None:
         agree_with_weights(data, cfg.init_from)
-    try:
-        attempts.begin(run_dir, at, world_size)
-    except attempts.NoProgressError as error:  # on record, as the other ranks leave with a code that asks for more
-        forget(run_dir)
-        record(run_dir, error.exit_code, str(error), 0 if world_size > 1 else None)
-        raise
+    attempts.begin(run_dir, at, world_size)
     return None
 
 

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Literal
 
+from llm.exit import SAVED
+
 TOLD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-SAVED = 75
 
 _owner = 0  # the process that listens: a fork of it inherits the handler, not the duty
 _then: Literal["keep", "raise", "ignore"] = "keep"

@@ -78,7 +78,7 @@ FLOORS: dict[str, set[str]] = {
     },
     "launch": {"config", "exit", "signals"},
     "exit": set(),
-    "signals": set(),
+    "signals": {"exit"},
     "lock": {"exit"},
     "ledger": set(),
     "agree": {"checkpoint", "config", "data", "launch", "model", "tokenizer"},

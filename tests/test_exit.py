@@ -20,6 +20,7 @@ from llm.exit import (
     LostPeerError,
     RunExistsError,
     as_rank,
+    before_begun,
     exit_code,
     finished,
     forget,
@@ -29,7 +30,9 @@ from llm.exit import (
     version,
     write_end,
 )
+from llm.run import run
 from llm.signals import PreemptedError
+from tests.runs import Compose
 
 ROOT = Path(__file__).parents[1]
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:7001. GLHF!"
@@ -332,6 +335,31 @@ def loses_contact(run_dir: Path) -> None:
     with recorded(run_dir):
         record(run_dir, 70, "RuntimeError: boom", 1)
         raise RuntimeError("Connection closed by peer [127.0.0.1]:7001")
+
+
+def test_what_ends_a_run_before_it_begins_is_on_record(tmp_path: Path) -> None:
+    """The newest attempt's; what asks for another try says nothing of the run, and a finished one stays so."""
+    for text in ("first", "second"):
+        with pytest.raises(DataError), before_begun(tmp_path):
+            raise DataError(text)
+    end = {"code": 65, "cause": "DataError: second"}
+    assert json.loads((tmp_path / "exit.json").read_text()) == end
+    for error in (KeyboardInterrupt(), LostPeerError("rank 0 failed", 65), PreemptedError("told")):
+        with pytest.raises(type(error)), before_begun(tmp_path):
+            raise error
+    assert json.loads((tmp_path / "exit.json").read_text()) == end
+    write_end(tmp_path, 5, 5)
+    with pytest.raises(DataError), before_begun(tmp_path):
+        raise DataError("third")
+    assert finished(tmp_path, 5) == 5
+
+
+def test_a_run_without_its_data_leaves_the_cause_and_can_begin(compose_run: Compose, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        run(compose_run(f"data.path={tmp_path / 'nowhere.jsonl'}", "resume=never"))
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 65
+    run(compose_run("resume=never", "trainer.max_steps=3"))
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 0
 
 
 def test_who_lost_a_rank_leaves_with_the_code_of_what_ended_that_one(

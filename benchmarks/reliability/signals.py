@@ -28,6 +28,7 @@ from record import record
 from llm import ledger, signals
 from llm.checkpoint import newest
 from llm.config import register
+from llm.exit import SAVED
 from llm.run import main as run_main
 from tests.runs import CONF, TINY
 
@@ -111,7 +112,7 @@ def main() -> None:
             which[name] += 1
             where[moment(run_dir)] += 1
             n_lost += lost(run_dir)
-            if codes != [signals.SAVED] * options.ranks:
+            if codes != [SAVED] * options.ranks:
                 wrong[f"left with {codes}"] += 1
             if trials.wait(trials.start(run_dir)) != [0] * options.ranks:
                 wrong["did not go on"] += 1

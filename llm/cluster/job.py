@@ -42,6 +42,7 @@ class Job:
     config     of the run, composed; None where the run is there already
     own        folder of the user's own YAML (--config-dir), which is frozen, too
     runs       of an array, where a file tells each task what it is
+    swept      of an array that is a product of its arguments: the overrides of each task
     cost       what python -m llm plan says of a run
     """
 
@@ -55,6 +56,7 @@ class Job:
     config: DictConfig | None = None
     own: Path | None = None
     runs: Runs | None = None
+    swept: list[list[str]] | None = None
     cost: Plan | None = None
 
     @property

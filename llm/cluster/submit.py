@@ -23,6 +23,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from llm.cluster import jobs, partition
 from llm.cluster.job import RUNS, SCRIPT, Job, Kind, Runs, written
+from llm.cluster.record import Job as Swept
+from llm.cluster.record import Record
 from llm.cluster.slurm import Slurm, cluster_of
 from llm.cluster.sweep import combinations
 from llm.code import commit, copy_code, difference
@@ -65,7 +67,7 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
     for variable in ("LLM_RUN_ID", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):  # of the job that this is called in, if it is
         os.environ.pop(variable, None)
     os.environ["LLM_RUN_ID"] = made_run_id()
-    swept = combinations(arguments) if kind == "sweep" else [list(arguments)]
+    swept = combinations(arguments) if kind == "sweep" else None
     cfg = compose(["-m", *arguments] if kind == "sweep" else arguments)  # of a sweep that of the first run
     cluster = cluster_of(cfg)
     name = _named(cfg, kind)
@@ -75,13 +77,14 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
     if mistakes := [*_following(arguments), *name.mistakes, *wrong]:
         raise ConfigError(mistakes)
     cfg.trainer.num_nodes, cfg.trainer.devices = cluster.nodes, cluster.ranks_per_node
-    n_tasks = len(swept) if kind == "sweep" else n_shares
+    n_tasks = n_shares if swept is None else len(swept)
     frozen = [] if kind in ("prepare", "sweep") else name.overrides
     if kind == "sweep":  # each task is called after the sweep and its own number
         arguments = [text for text in arguments if not text.startswith("run_name=")]
     own, kept = _own_files(arguments, run_dir / jobs.FOLDER / kind)
     sized = _sized(cluster, kind)
-    return Job(kind, name.name, run_dir, [*kept, *frozen], sized, n_tasks, jobs_before, cfg, own, cost=cost)
+    kept += frozen
+    return Job(kind, name.name, run_dir, kept, sized, n_tasks, jobs_before, cfg, own, swept=swept, cost=cost)
 
 
 def array(name: str, run_dir: Path, commands: dict[int, list[str]], configs: list[DictConfig], at_once: int) -> Job:
@@ -124,7 +127,8 @@ def submit(job: Job) -> jobs.Submission:
     """Freeze what the job runs, and hand it to sbatch.
 
     Raises:
-        ConfigError: where there is no sbatch, or with what it says if it refuses.
+        ConfigError: where there is no sbatch, or with what it says if it refuses; if a sweep of this name has begun
+            with other jobs.
         SubmittedError: if the run has a job that has not ended.
     """
     if shutil.which("sbatch") is None:
@@ -136,16 +140,28 @@ def submit(job: Job) -> jobs.Submission:
         raise SubmittedError(
             f"{job.folder}: is being submitted by another process - wait for it, or remove it"
         ) from None
+    record = Record(job.run_dir)
+    begun = record.path.exists()
     try:
         _freeze(job)
+        _enter(job, record)
         id_ = _sbatch(job.folder / SCRIPT)
     except BaseException:
         shutil.rmtree(job.folder)
+        if not begun:
+            record.path.unlink(missing_ok=True)
         raise
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     made = jobs.Submission(id_, job.kind, job.name, str(job.run_dir), now, commit(), job.arguments, job.n_tasks)
     made.write(job.folder)
     return made
+
+
+def _enter(job: Job, record: Record) -> None:
+    """Write down what each task of a sweep is, for `python -m llm report`."""
+    if job.swept is not None:
+        record.enter([Swept(number, overrides) for number, overrides in enumerate(job.swept)])
+        record.about()
 
 
 def _freeze(job: Job) -> None:

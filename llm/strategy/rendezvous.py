@@ -20,9 +20,8 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from llm.config import ConfigError, run_id
-from llm.exit import LOST, LostPeerError, lost_contact, lost_words
+from llm.exit import LOST, SAVED, LostPeerError, lost_contact, lost_words
 from llm.launch import Place, place
-from llm.signals import SAVED
 
 ARRIVAL_S = 60.0  # how long ranks wait for the last of them, all having been started at once
 _POLL_S = 0.1

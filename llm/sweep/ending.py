@@ -9,8 +9,8 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from llm.cluster.record import FILE
 from llm.sweep.outcome import outcomes
-from llm.sweep.record import FILE
 from llm.sweep.table import table
 
 FAILED = 1  # exit code of a sweep with jobs that came to no good end

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm.cluster.jobs import progress
-from llm.exit import INTERRUPTED, LOST
+from llm.cluster.record import Contents, Record, Told
+from llm.exit import INTERRUPTED, LOST, SAVED
 from llm.lock import FOLDER, SILENCE_S
-from llm.signals import SAVED
 from llm.study import finite
-from llm.sweep.record import Contents, Record, Told
 
 Status = Literal["finished", "pruned", "failed", "interrupted", "running", "waiting"]
 DONE: tuple[Status, ...] = ("finished", "pruned")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Ge, Gt
 from omegaconf import open_dict
 
+from llm.cluster.record import Job
 from llm.launch import signal_numbers
 from llm.signals import preempted
 from llm.sweep.launcher import End, Processes, last_line
-from llm.sweep.record import Job
 
 if TYPE_CHECKING:
     from llm.cluster.jobs import State

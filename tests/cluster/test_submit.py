@@ -22,6 +22,7 @@ from llm.cluster.sweep import combinations
 from llm.command import compose
 from llm.config import ConfigError
 from llm.run import run
+from llm.sweep.commands import report
 from tests.cluster.box import TINY, cpu
 from tests.test_conf import CONF, EXPERIMENTS, FINE_TUNING, needs
 
@@ -303,6 +304,29 @@ def test_a_sweep_is_hydras(site: Path, capsys: pytest.CaptureFixture[str]) -> No
         submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3", "run_dir=here"])
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 'fast'"):
         submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,fast"])
+
+
+def test_a_submitted_sweep_can_be_reported(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And goes on as what it was; one that sbatch refused has never begun."""
+    swept = ["--job", "sweep", *cpu(1, 1), *TINY, "run_name=lr"]
+    (site / "tools/sbatch").rename(site / "tools/away")
+    (site / "tools/sbatch").write_text("#!/bin/bash\nexit 1\n")
+    (site / "tools/sbatch").chmod(0o755)
+    with pytest.raises(ConfigError, match="sbatch refused"):
+        submit([*swept, "optimizer.lr=1,2,3"])
+    (site / "tools/away").rename(site / "tools/sbatch")
+    submit([*swept, "optimizer.lr=1e-3,3e-3"])
+    (site / "runs/lr/1").mkdir()
+    (site / "runs/lr/1/exit.json").write_text('{"code": 65, "cause": "DataError: it is not there"}')
+    capsys.readouterr()
+    report(["lr"])
+    told = capsys.readouterr().out
+    assert "DataError: it is not there" in told
+    assert sorted(set(told.split()) & {"0.001", "0.003"}) == ["0.001", "0.003"]
+    (site / "state").write_text("COMPLETED")
+    with pytest.raises(ConfigError, match=r"lr/1: optimizer\.lr=0\.002 - was a job with optimizer\.lr=0\.003"):
+        submit([*swept, "optimizer.lr=1e-3,2e-3"])
+    submit([*swept, "optimizer.lr=1e-3,3e-3"])
 
 
 def test_a_job_for_everything_else(site: Path) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from llm.cluster.record import Job, Record
 from llm.config import ConfigError
 from llm.sweep import Local
 from llm.sweep.launcher import written
 from llm.sweep.local import _share
-from llm.sweep.record import Job, Record
 from tests.sweep.conftest import Start, ran, rows
 
 Sweep = Callable[..., tuple[int, str]]

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from llm.__main__ import main
+from llm.cluster.record import Job, Record
 from llm.sweep.outcome import outcomes
 from llm.sweep.plot import axis
-from llm.sweep.record import Job, Record
 from llm.sweep.table import as_csv, table
 
 LRS = ["0.001", "0.01", "0.1", "1.0", "0.003", "0.02", "0.5"]

@@ -11,10 +11,10 @@ import pytest
 
 from llm.cluster.commands import combination
 from llm.cluster.jobs import NoAnswerError, State, tasks
+from llm.cluster.record import Job, Record
 from llm.config import ConfigError
 from llm.sweep import Slurm
 from llm.sweep.launcher import last_line
-from llm.sweep.record import Job, Record
 from llm.sweep.slurm import _end
 
 

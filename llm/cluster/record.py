@@ -79,7 +79,7 @@ class Record:
                 told.code, told.cause = row["code"], row["cause"]
         return found
 
-    def about(self, metric: str, direction: str) -> None:
+    def about(self, metric: str = Contents.metric, direction: str = Contents.direction) -> None:
         """Say what the sweep is about, unless that is what it was about before."""
         before = self.read()
         if not self.path.exists() or (before.metric, before.direction) != (metric, direction):
