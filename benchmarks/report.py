@@ -126,7 +126,7 @@ def picture(results: Mapping[str, Sequence[Row]], path: Path) -> None:
         axis.plot([points[1]], [place], "o", color="tab:green" if good else "tab:red")
     axis.axvline(1.0, color="grey", linestyle="--")
     axis.set_yticks(range(len(judged)), [f"{label} ({row.bar})" for label, row in reversed(judged)], fontsize=8)
-    axis.set(xscale="log", xlabel="median, least and largest round over the bar; of what is to be small, bar over it")
+    axis.set(xscale="log", xlabel="median, least and largest round over the bar;\nof what is to be small, bar over it")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
     figure.tight_layout()

@@ -24,7 +24,7 @@ _ALTERNATIVES = 3  # remedies that are shown
 _TRIES = 40  # plans made to find them
 _LONGEST = 5  # changes of a remedy
 _PARTS = 4096  # positions whose scores are in memory at once
-_ASSIGNED = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)=([\w.+-]*\w)((?:, \w+)*)")  # key=a, b, c
+_ASSIGNED = re.compile(r"([a-z_]+(?:\.[a-z_]+)*)=([\w.:+-]*\w)((?:, \w+)*)")  # key=a, b, c
 _WITHOUT = "without "
 Changes = tuple[str, ...]  # overrides; "without KEY": one that is left out
 
