@@ -169,7 +169,7 @@ def test_commands_of_the_documents_compose(corpus: Path, tokenizer_folder: Path)
     register()
     commands = re.findall(r"^python train\.py ?([^#\n]*)", documents(), flags=re.MULTILINE)
     assert len(commands) > 10
-    for command in commands:
+    for command in dict.fromkeys(commands):
         plain = re.sub(r"\$('[^']*')", lambda found: found[1].replace("\\n", "\n"), command)  # as bash reads $'…'
         words = shlex.split(plain)
         for name, path in (

@@ -63,6 +63,6 @@ class FusedAdamW(torch.optim.AdamW):
     def _begun(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter that has made no step."""
         state: dict[str, Tensor] = self.state[parameter]
-        state["step"] = torch.zeros((), device=parameter.device)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)  # bfloat16 counts to 256
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state
