@@ -131,6 +131,7 @@ def train_in(corpus: Path, cache_dir: Path) -> Callable[..., None]:
             *strategy,
             "model.dropout=0",
             "schedule=constant",
+            "schedule.warmup_steps=0",
             "~callback.sample",
             "~callback.summary",
             f"trainer.devices={n}",
