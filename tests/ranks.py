@@ -31,7 +31,15 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 # What the nursery imports. What a test module imports beyond this costs each rank its time, once.
-PRELOAD: tuple[str, ...] = ("lightning", "torch.distributed.checkpoint", "torch.distributed.fsdp", "llm.run")
+PRELOAD: tuple[str, ...] = (
+    "lightning",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks",
+    "llm.run",
+    "llm.optimizer",
+    "pytest",
+)
 _GRACE_S = 2.0  # for the other ranks to notice that one has failed
 _DUMP_S = 5.0  # to print a stack, and to die
 # The sockets of a rank that dies are closed before its death is told, so a peer may complain about it a moment earlier.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 from llm.checkpoint import find, read_state, read_tensors
 from llm.config import register
 from llm.run import Outcome, run
+from tests.ranks import run_on_ranks
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -74,9 +76,31 @@ def saved(path: Path) -> dict[str, Any]:
     return {**read_state(step), "state_dict": weights, "optimizer": {n: tensors[n] for n in tensors.keys() - weights}}
 
 
-def run_composed(overrides: list[str]) -> Outcome:
-    """Compose the tiny run with `overrides` and run it, in this process: for ranks, which each do so."""
+def rows(run_dir: Path) -> list[dict[str, float]]:
+    """What a run recorded, without the speed."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("speed/")} for line in lines]
+
+
+def composed(overrides: list[str]) -> DictConfig:
+    """The tiny run with `overrides`."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [*TINY, "run_name=test", *overrides])
+        return compose("train", [*TINY, "run_name=test", *overrides])
+
+
+def run_composed(overrides: list[str]) -> Outcome:
+    """Compose the tiny run with `overrides` and run it, in this process: for ranks, which each do so."""
+    return run(composed(overrides))
+
+
+def run_registered(cfg: DictConfig) -> Outcome:
+    """Run what another process composed."""
+    register()
     return run(cfg)
+
+
+def run_together(n: int, overrides: list[str]) -> list[Outcome]:
+    """Run the tiny run with `overrides` on n ranks. It is composed here: in each of them it would take longer than
+    some of these runs do."""
+    return run_on_ranks(run_registered, n, composed(overrides))

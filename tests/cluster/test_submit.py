@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
     (tmp_path / "state").write_text("RUNNING")
     return tmp_path
+
+
+@pytest.fixture
+def uncosted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is traced to tell what a run costs, as of the later runs of an array: most of the time of a refusal."""
+    monkeypatch.setattr(submitting, "_examined", partial(submitting._examined, costs=False))
 
 
 def directives(script: str) -> dict[str, str]:
@@ -203,12 +210,14 @@ def test_the_copy_knows_its_commit(tmp_path: Path) -> None:
         (["model.dmi=3"], "did you mean model.dim?"),
     ],
 )
+@pytest.mark.usefixtures("uncosted")
 def test_refused(overrides: list[str], told: str, site: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         submitting.planned("train", [*cpu(1, 1), *TINY, *overrides])
     assert told in str(refused.value)
 
 
+@pytest.mark.usefixtures("uncosted")
 def test_refused_together(site: Path) -> None:
     """What the check finds and what only the groups together show."""
     with pytest.raises(ConfigError) as refused:
@@ -216,6 +225,7 @@ def test_refused_together(site: Path) -> None:
     assert len(refused.value.mistakes) == 3
 
 
+@pytest.mark.usefixtures("uncosted")
 def test_without_sbatch(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="sbatch: is not here - submit on a login node"):
@@ -223,6 +233,7 @@ def test_without_sbatch(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (site / "runs").exists()
 
 
+@pytest.mark.usefixtures("uncosted")
 def test_what_sbatch_says_is_shown_whole(site: Path) -> None:
     (site / "tools/sbatch").write_text("#!/bin/bash\nprintf 'sbatch: error: one\\nsbatch: error: two\\n' >&2; exit 1\n")
     with pytest.raises(ConfigError) as refused:
@@ -281,6 +292,7 @@ def test_time_limits(time: str, minutes: float) -> None:
     assert Slurm(tasks_per_node=1, time=time, warning_s=0).minutes == pytest.approx(minutes)
 
 
+@pytest.mark.usefixtures("uncosted")
 def test_a_sweep_is_hydras(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each array task gets what `python train.py -m` would run as the job of its number."""
     swept = ["optimizer.lr=1e-3,3e-3", "model.dim=range(32,97,32)", "+data.note='a b,c'"]
@@ -351,6 +363,7 @@ def test_a_job_for_everything_else(site: Path) -> None:
         submitting.planned("export", ["cluster=cpu", "missing", "out"], after=["nobody"])
 
 
+@pytest.mark.usefixtures("uncosted")
 def test_a_container_is_handed_on(site: Path) -> None:
     job = submitting.planned("train", [*cpu(1, 1), *TINY, "cluster.container=/images/llm.sif", "run_name=mine"])
     assert "export LLM_CONTAINER=/images/llm.sif" in written(job)
@@ -417,6 +430,7 @@ def test_what_sbatch_would_misread(tmp_path: Path, site: Path, monkeypatch: pyte
     assert not [row for row in rows if "--signal" in row]
 
 
+@pytest.mark.usefixtures("uncosted")
 def test_files_of_ones_own_are_frozen(site: Path) -> None:
     """--config-dir names a folder that is edited while the job waits."""
     (site / "own/cluster").mkdir(parents=True)

@@ -16,18 +16,12 @@ from llm.config import register
 from llm.model import Transformer
 from tests.cluster.measured import measured_peak
 from tests.ranks import run_on_ranks
-from tests.runs import CONF, FAMILIES, TINY
+from tests.runs import CONF, FAMILIES, composed
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["model.dim=128", "model.n_heads=4", "model.ffn_dim=512", "model.n_layers=3", "model.dropout=0.0"]
-ROWS = ["data.max_length=128", "data.batch_size=16", "data.micro_batch_size=8", "trainer.limit_val_batches=0"]
+ROWS = ["data.max_length=128", "data.batch_size=8", "data.micro_batch_size=4", "trainer.limit_val_batches=0"]
 WITHOUT = [f"~callback.{name}" for name in ("sample", "summary", "progress", "checkpoint")]
-
-
-def composed(overrides: list[str]) -> DictConfig:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*TINY, "run_name=test", *overrides])
 
 
 def planned(overrides: list[str], **stated: str) -> Subject:
@@ -38,7 +32,7 @@ CASES = {
     "decoder": [],
     "dropout": ["model.dropout=0.1"],
     "muon": ["optimizer=muon"],
-    "full": ["strategy.checkpointing=full", "data.micro_batch_size=16"],
+    "full": ["strategy.checkpointing=full", "data.micro_batch_size=8"],
     "selective": ["strategy.checkpointing=selective"],
     "gated": ["model.activation=swiglu", "model.norm=rms", "model.n_kv_heads=2"],
     "parts": ["objective.logits_at_once=256"],
@@ -58,7 +52,7 @@ def test_the_peak_is_what_the_allocator_gave(name: str, texts: Path, tmp_path: P
 STRATEGIES = {
     "ddp": ["strategy=ddp"],
     "fsdp, bf16": ["strategy=fsdp", "trainer.precision=bf16-true"],
-    "tensor": ["strategy=fsdp", "strategy.tensor_parallel_size=2", "data.micro_batch_size=16"],
+    "tensor": ["strategy=fsdp", "strategy.tensor_parallel_size=2", "data.micro_batch_size=8"],
 }
 
 
@@ -143,5 +137,5 @@ def test_kinds_are_what_they_are_called() -> None:
     assert kinds["parameters"] == n_bytes
     assert kinds["gradients"] == pytest.approx(n_bytes, rel=1e-3)
     assert kinds["optimizer"] == pytest.approx(2 * n_bytes, rel=1e-3)
-    scores = 8 * 128 * 257 * 4  # float32, kept as log-probabilities and made into their gradient
+    scores = 4 * 128 * 257 * 4  # float32, kept as log-probabilities and made into their gradient
     assert found.moments["loss"]["logits"] >= 2 * scores

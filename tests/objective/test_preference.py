@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,36 +16,54 @@ from llm.checkpoint import load
 from llm.config import ConfigError
 from llm.objective.loss import IGNORED
 from llm.run import run
-from tests.ranks import run_on_ranks
-from tests.runs import Compose, run_composed, saved
+from tests.runs import Compose, run_composed, run_together, saved
 
 WORDS = ["red", "green", "blue", "one", "two"]
 
 
-@pytest.fixture
-def preferences(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two answers that with an exclamation mark."""
     rows = [
         {"prompt": f"{WORDS[n % 5]}?", "chosen": f"{WORDS[n * 2 % 5]}!", "rejected": f"{WORDS[n * 3 % 5]}."}
         for n in range(60)
     ]
-    path = tmp_path / "preferences.jsonl"
+    path = tmp_path_factory.mktemp("preferences") / "preferences.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-@pytest.fixture
-def base(compose_run: Compose, tmp_path: Path) -> Path:
-    short = ["trainer.max_steps=2", "schedule.warmup_steps=0", f"run_dir={tmp_path / 'base'}"]
-    run(compose_run("model.dropout=0", *short))
-    return tmp_path / "base"
+@pytest.fixture(scope="module")
+def base(corpus: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("base") / "run"
+    short = ["trainer.max_steps=2", "schedule.warmup_steps=0", "model.dropout=0", "~callback.summary"]
+    run_composed([*short, f"data.path={corpus}", f"data.cache_dir={cache_dir}", f"run_dir={run_dir}"])
+    return run_dir
 
 
 def dpo(path: Path, base: Path) -> list[str]:
     return [
         *("objective=preference", "data/tasks=preference", f"data.path={path}", f"init_from={base}"),
         *("data.val_every=7", "model.dropout=0", "callback.sample.prompts=[]", "optimizer.lr=1e-3"),
+        "~callback.summary",
     ]
+
+
+@pytest.fixture(scope="module")
+def alone(
+    preferences: Path, base: Path, cache_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[list[str]], tuple[list[str], Path]]:
+    """`alone(adapter)`: settings, and the run of one process with them, made once."""
+    folder = tmp_path_factory.mktemp("alone")
+
+    def made(adapter: list[str]) -> tuple[list[str], Path]:
+        settings = [*dpo(preferences, base), *adapter, "trainer.val_check_interval=3", f"data.cache_dir={cache_dir}"]
+        run_dir = folder / ("adapter" if adapter else "copy")
+        if not run_dir.exists():
+            run_composed([*settings, f"run_dir={run_dir}"])
+        return settings, run_dir
+
+    return made
 
 
 def test_the_loss_is_the_papers(compose_run: Compose, preferences: Path, base: Path, tmp_path: Path) -> None:
@@ -111,21 +130,13 @@ def test_an_interrupted_run_goes_on_as_it_was(
     ("strategy", "adapter"), [("ddp", []), ("ddp", ["adapter=lora"]), ("fsdp", []), ("fsdp", ["adapter=lora"])]
 )
 def test_two_processes_train_the_same(
-    compose_run: Compose,
-    tmp_path: Path,
-    preferences: Path,
-    cache_dir: Path,
-    base: Path,
-    strategy: str,
-    adapter: list[str],
+    alone: Callable[[list[str]], tuple[list[str], Path]], tmp_path: Path, strategy: str, adapter: list[str]
 ) -> None:
-    settings = [*dpo(preferences, base), *adapter, "trainer.val_check_interval=3"]
-    run(compose_run(*settings))
-    places = [f"data.cache_dir={cache_dir}", f"run_dir={tmp_path / 'two'}"]
-    run_on_ranks(run_composed, 2, [*settings, *places, f"strategy={strategy}", "trainer.devices=2"])
-    one, two = (saved(tmp_path / name)["state_dict"] for name in ("run", "two"))
+    settings, run_dir = alone(adapter)
+    run_together(2, [*settings, f"run_dir={tmp_path}", f"strategy={strategy}", "trainer.devices=2"])
+    one, two = (saved(path)["state_dict"] for path in (run_dir, tmp_path))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
-    rows = [Record(tmp_path / name).rows() for name in ("run", "two")]
+    rows = [Record(path).rows() for path in (run_dir, tmp_path)]
     for mine, theirs in zip(*rows, strict=True):
         assert {k: v for k, v in mine.items() if "speed" not in k} == pytest.approx(
             {k: v for k, v in theirs.items() if "speed" not in k}, rel=1e-4, abs=1e-5
