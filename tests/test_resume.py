@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -17,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from llm.checkpoint import newest
 from llm.run import run
 from llm.signals import PreemptedError
-from tests.runs import FAMILIES, Compose, saved
+from tests.runs import FAMILIES, Compose, rows, saved
 
 
 class Signal(Callback):
@@ -32,12 +31,6 @@ class Signal(Callback):
                 os.kill(os.getpid(), number)
 
         setattr(self, hook, tell)
-
-
-def rows(run_dir: Path) -> list[dict[str, float]]:
-    """What the run recorded, without the speed."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("speed/")} for line in lines]
 
 
 def assert_same_state(first: Path, second: Path) -> None:

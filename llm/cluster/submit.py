@@ -73,9 +73,10 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
     name = _named(cfg, kind)
     run_dir = Path(cfg.run_dir) if kind == "train" else Path("runs") / name.name
     refuse_live(run_dir, kind)
-    cost, wrong = (None, []) if kind == "prepare" else _examined(cfg)
-    if mistakes := [*_following(arguments), *name.mistakes, *wrong]:
-        raise ConfigError(mistakes)
+    mistakes = [*_following(arguments), *name.mistakes]
+    cost, wrong = (None, []) if kind == "prepare" else _examined(cfg, costs=not mistakes)
+    if mistakes + wrong:
+        raise ConfigError(mistakes + wrong)
     cfg.trainer.num_nodes, cfg.trainer.devices = cluster.nodes, cluster.ranks_per_node
     n_tasks = n_shares if swept is None else len(swept)
     frozen = [] if kind in ("prepare", "sweep") else name.overrides

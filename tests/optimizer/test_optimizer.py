@@ -86,6 +86,18 @@ def test_adamw_goes_on_from_torchs_state_and_torch_from_its() -> None:
     assert {float(state["step"]) for state in mine.state.values()} == {3.0, 6.0}
 
 
+def test_adamw_counts_beyond_256_where_the_default_dtype_is_bfloat16() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        network = model()
+        optimizer = AdamW(lr=1e-3).build(network)
+        give_gradients(network.parameters(), 0)
+        optimizer.step()
+        assert {state["step"].dtype for state in optimizer.state.values()} == {torch.float32}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_adamw_calls_its_closure_under_grad() -> None:
     network = model()
     optimizer = AdamW(lr=1e-2).build(network)
