@@ -4,7 +4,7 @@ With R = ffn_dim / dim and g = n_kv_heads / n_heads, a block whose norms come fi
 [rows, length, dim] from its forward to its backward, beside the mask and numbers per row and head:
 
     none       10 + 4R       three for each rms norm; queries, keys, values and what attention makes of them; gate, up,
-                             f(gate) and the product. With layer norms and no gate 8 + 2R
+                             f(gate) and the product. With layer norms and no gate 8 + 2R; R more of gelu_tanh on a CPU
     selective  4 + 2g + 2R   its input; queries, keys, values and what attention makes of them, before the projection
                              and after it; gate and up. 4 + 2g + R without a gate
     full       1             its input
