@@ -145,9 +145,7 @@ def recorded(run_dir: Path) -> Iterator[None]:
     except BaseException as error:
         code = exit_code(error)
         if code != 0:
-            with contextlib.suppress(OSError):
-                cause = lost_words(error) if code == LOST else f"{type(error).__name__}: {error}"
-                record(run_dir, code, cause, _rank if _n_ranks > 1 else None)
+            _record_error(run_dir, error, code)
         first = _read(run_dir)
         if code == LOST and not _watched and first is not None and first["code"] not in (0, LOST):
             # srun ends with the highest code of its tasks: ours must not be one that asks for another try.
@@ -166,11 +164,18 @@ def before_begun(run_dir: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         code = exit_code(error)
-        if code not in (0, SAVED, LOST, INTERRUPTED) and not isinstance(error, LostPeerError):
+        if code not in (0, SAVED, LOST, INTERRUPTED):
             with contextlib.suppress(OSError):
                 forget(run_dir)
-                record(run_dir, code, f"{type(error).__name__}: {error}", _rank if _n_ranks > 1 else None)
+            _record_error(run_dir, error, code)
         raise
+
+
+def _record_error(run_dir: Path, error: BaseException, code: int) -> None:
+    """`record` what this rank met; a disk that cannot be written must not hide it."""
+    with contextlib.suppress(OSError):
+        cause = lost_words(error) if code == LOST else f"{type(error).__name__}: {error}"
+        record(run_dir, code, cause, _rank if _n_ranks > 1 else None)
 
 
 def record(run_dir: Path, code: int, cause: str, rank: int | None = None, *, final: bool = False) -> None:

@@ -196,7 +196,8 @@ def _set_length(cfg: DictConfig, data: TextData) -> None:
 
 
 def _fit(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
-    """Train, on from a checkpoint if there is one. Nothing is written before all that can be refused has been."""
+    """Train, on from a checkpoint if there is one. Nothing but `exit.json` is written before all that
+    can be refused has been."""
     run_dir = Path(cfg.run_dir)
     lock = Lock(run_dir)
     found = together.share("claim", lambda: claim(run_dir, cfg.resume, lock))

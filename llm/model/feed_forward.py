@@ -32,7 +32,7 @@ class TanhGelu(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor) -> Tensor:
         """Any shape."""
         x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-        gate = torch.addcmul(x.new_full((), TanhGelu.LINEAR), x, x, value=TanhGelu.CUBIC).mul_(x).sigmoid_()
+        gate = TanhGelu._odd(x, TanhGelu.CUBIC).sigmoid_()
         ctx.save_for_backward(hidden, gate)
         return (x * gate).to(hidden.dtype)
 
@@ -42,8 +42,13 @@ class TanhGelu(torch.autograd.Function):
         """gradient · (σ + x σ (1 - σ) u')."""
         hidden, gate = ctx.saved_tensors
         x = hidden.to(gate.dtype)
-        slope = torch.addcmul(x.new_full((), TanhGelu.LINEAR), x, x, value=3 * TanhGelu.CUBIC).mul_(x)
+        slope = TanhGelu._odd(x, 3 * TanhGelu.CUBIC)  # x u'
         return torch.ops.aten.sigmoid_backward(slope, gate).add_(gate).mul_(gradient).to(hidden.dtype)
+
+    @staticmethod
+    def _odd(x: Tensor, cubic: float) -> Tensor:
+        """LINEAR x + cubic x³, in two passes."""
+        return torch.addcmul(x.new_full((), TanhGelu.LINEAR), x, x, value=cubic).mul_(x)
 
 
 def gelu_tanh(hidden: Tensor) -> Tensor:

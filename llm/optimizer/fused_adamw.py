@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llm.optimizer.closure import evaluated
 from llm.reduce import own_part
 
 
@@ -28,10 +29,7 @@ class FusedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure`, if given, runs first, under grad, and its value is returned."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = evaluated(closure)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from llm.machine import multiplies_bfloat16
+from llm.optimizer.closure import evaluated
 from llm.reduce import Owned, n_copies, own_part, world_size
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at zero (Jordan et al. 2024)
@@ -45,10 +46,7 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure`, if given, runs first, under grad, and its value is returned."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = evaluated(closure)
         for number, group in enumerate(self.param_groups):
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             if matrices:

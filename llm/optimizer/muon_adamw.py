@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from llm.optimizer.closure import evaluated
 from llm.optimizer.fused_adamw import FusedAdamW
 from llm.optimizer.groups import adamw_factor, at_their_rates, decay_groups, hidden_matrices, muon_factor
 from llm.optimizer.muon import Muon
@@ -49,10 +50,7 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of both; `closure`, if given, runs first, under grad, and its value is returned."""
-        result = None
-        if closure is not None:
-            with torch.enable_grad():
-                result = closure()
+        result = evaluated(closure)
         for name, optimizer in self.inner.items():
             # Linked anew each time: load_state_dict replaces both attributes of this object.
             optimizer.state = self.state
