@@ -20,8 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import import_path
-from llm.cluster.remedy import after, examine, remedies
-from llm.cluster.subject import Stated
+from llm.plan.remedy import after, examine, remedies
+from llm.plan.subject import Stated
 
 RESULTS = Path(__file__).parent / "results" / "plans.json"
 ON_H100 = ("cluster=gpu", "cluster.gpu_type=h100", "cluster.gpus_per_node=8", "tokenizer=bytes", "data=files")

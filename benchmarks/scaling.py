@@ -1,4 +1,4 @@
-"""Efficiency from 8 to 16,384 GPUs by the model of llm/cluster: `python benchmarks/scaling.py`; seconds.
+"""Efficiency from 8 to 16,384 GPUs by the model of llm/plan: `python benchmarks/scaling.py`; seconds.
 
 Fits the one constant of the model to one published run, predicts the others and prints how far off it is; then prints
 the tables and writes benchmarks/results/scaling.json and docs/scaling.png. `--measure` (two idle
@@ -23,7 +23,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.scaling_memory import memory_bytes
-from llm.cluster import (
+from llm.model import Transformer, TransformerConfig, config_from
+from llm.plan import (
     H100_ETHERNET,
     H100_INFINIBAND,
     Cluster,
@@ -33,7 +34,6 @@ from llm.cluster import (
     tokens_per_s,
     update_s,
 )
-from llm.model import Transformer, TransformerConfig, config_from
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"

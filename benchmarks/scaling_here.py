@@ -30,8 +30,8 @@ from lightning.pytorch.callbacks import Callback
 
 from benchmarks.scaling import model_of
 from benchmarks.strategies import MODEL, RUN
-from llm.cluster import Layout, Transfer, step_time
 from llm.model import Transformer, TransformerConfig, config_from
+from llm.plan import Layout, Transfer, step_time
 from llm.tokenizer import Bytes
 from tests.ranks import run_on_ranks
 

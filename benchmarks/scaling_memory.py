@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from llm.cluster.traffic import Layout, Model, held
+from llm.plan.traffic import Layout, Model, held
 
 _MOMENTS = 8  # AdamW's two, float32
 _MASTER = 4  # a weight as the optimizer sees it

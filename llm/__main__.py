@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from llm.cluster import commands as cluster
 from llm.command import CONF, Parser, beside, compose
+from llm.plan import commands as planning
+from llm.submit import commands as submitting
 from llm.sweep import commands as sweep
 
 if TYPE_CHECKING:
@@ -350,14 +352,14 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "audit": audit,
     "verify": verify,
     "coordinates": coordinates,
-    "plan": cluster.plan,
+    "plan": planning.plan,
     "report": sweep.report,
-    "submit": cluster.submit,
+    "submit": submitting.submit,
     "status": cluster.status,
     "logs": cluster.logs,
     "cancel": cluster.cancel,
-    "where": cluster.where,
-    "combination": cluster.combination,
+    "where": submitting.where,
+    "combination": submitting.combination,
 }
 
 

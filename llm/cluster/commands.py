@@ -1,85 +1,14 @@
-"""The commands of `python -m llm` that plan, that speak with SLURM, and those that its templates call."""
+"""The commands of `python -m llm` about jobs that were submitted."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from llm.command import Parser, compose
-
-
-def plan(arguments: Sequence[str]) -> None:
-    """What a run will cost and whether it fits, before it is queued (docs/plan.md): plan cluster=gpu experiment=…"""
-    parser = Parser("python -m llm plan", description=plan.__doc__)
-    parser.add_argument("--json", action="store_true", help="all figures, for programs")
-    parser.add_argument("--search", action="store_true", help="the fastest settings that fit")
-    parser.add_argument(
-        "--gpu", metavar="NAME", help="as H100; without it cluster.gpu_type, or the GPU of this machine"
-    )
-    parser.add_argument("--network", choices=("infiniband", "ethernet"), default="infiniband", help="between nodes")
-    parser.add_argument("--mfu", type=float, help="share of its peak that one GPU alone reaches; 0.4 for 40 %%")
-    parser.add_argument("--tokens-per-s", type=float, metavar="N", help="that one device alone trains on, instead")
-    parser.add_argument("--disk", type=float, default=1.0, metavar="GB/S", help="at which checkpoints are written")
-    options, overrides = parser.parse_known_args(list(arguments))
-    for name, most in (("mfu", 1.0), ("tokens_per_s", None), ("disk", None)):
-        value = getattr(options, name)
-        if value is not None and not (value > 0 and (most is None or value <= most)):
-            parser.error(
-                f"--{name.replace('_', '-')} {value}: must be above 0{f' and at most {most:g}' if most else ''}"
-            )
-    from llm.cluster.remedy import examine, remedies, shortage
-    from llm.cluster.search import Setting, search
-    from llm.cluster.show import advice, ranking, table
-    from llm.cluster.subject import Stated
-
-    stated = Stated(options.gpu, options.network, options.mfu, options.tokens_per_s, options.disk * 1e9)
-    found = examine(tuple(overrides), stated)
-    mended = remedies(found, stated) if found.problems else []
-    problems = list(found.problems)
-    fastest: list[Setting] = []
-    if found.subject is not None and found.plan is not None:
-        problems += shortage(found.subject, found.plan)
-        fastest = search(found.subject, stated) if options.search else []
-    if options.json:
-        figures = None if found.plan is None else found.plan.as_json
-        told: dict[str, Any] = {"plan": figures, "problems": problems, "remedies": mended}
-        told |= {"search": [asdict(setting) for setting in fastest]} if options.search else {}
-        print(json.dumps(told, indent=1))
-    else:
-        print("\n".join([*([table(found.plan)] if found.plan else []), *ranking(fastest)]))
-        print(advice(problems, mended), end="", file=sys.stderr)
-    if problems:
-        sys.exit(64)
-
-
-def submit(arguments: Sequence[str]) -> None:
-    """Check a run, freeze it, and hand it to SLURM (docs/slurm.md): submit cluster=gpu cluster.nodes=4 experiment=…"""
-    from llm.cluster import job as described
-    from llm.cluster import submit as submitting
-
-    parser = Parser("python -m llm submit", description=submit.__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="check, show the script, and submit nothing")
-    parser.add_argument("--job", choices=described.KINDS, default="train", help="which template of slurm/")
-    parser.add_argument("--shares", type=int, metavar="N", help="with --job prepare: an array of so many")
-    parser.add_argument("--after", action="append", default=[], metavar="RUN", help="start when its job has ended well")
-    options, rest = parser.parse_known_args(list(arguments))
-    if options.shares is not None and (options.job != "prepare" or options.shares < 1):
-        parser.error(f"--shares {options.shares}: goes with --job prepare, and is at least 1")
-    job = submitting.planned(options.job, rest, n_shares=options.shares, after=options.after)
-    if options.dry_run:
-        print(described.written(job))
-    id_ = None if options.dry_run else submitting.submit(job).job
-    for title, text in described.said(job, id_).items():
-        print(f"{title:<6}{text}")
-    if id_ is not None:
-        name = job.run_dir.name if job.run_dir.parent.name == "runs" else job.run_dir
-        print(f"next  python -m llm status {name} | logs {name} --follow | cancel {name}")
+from llm.command import Parser
 
 
 def status(arguments: Sequence[str]) -> None:
@@ -164,36 +93,6 @@ def cancel(arguments: Sequence[str]) -> None:
     run_dir = jobs.find(options.run)
     told = [jobs.cancel(folder, made, options.now) for folder, made in jobs.submissions(run_dir)]
     print("\n".join(filter(None, told)) or f"{run_dir}: no job of it waits or is at work")
-
-
-def where(arguments: Sequence[str]) -> None:
-    """Check a command line of train.py, and print the directory of its run: what the templates of slurm/ ask first."""
-    print(Path(compose(list(arguments), elsewhere=lambda cfg: True).run_dir))
-
-
-def combination(arguments: Sequence[str]) -> None:
-    """Print the overrides of one run of a sweep, each followed by a NUL: what slurm/sweep.sbatch asks for its task."""
-    import json
-
-    from llm.cluster.sweep import combinations
-    from llm.config import ConfigError
-
-    parser = Parser("python -m llm combination", description=combination.__doc__)
-    parser.add_argument("number", type=int, help="of the run, counted from 0 as python train.py -m does")
-    parser.add_argument("--file", type=Path, help="which says what each is: of a sweep by train.py -m")
-    options, overrides = parser.parse_known_args(list(arguments))
-    if options.file is not None:
-        written = json.loads(options.file.read_text())
-        if str(options.number) not in written:
-            raise ConfigError([f"{options.number}: {options.file} has {', '.join(written)}"])
-        sys.stdout.write("".join(f"{word}\0" for word in written[str(options.number)]))
-        return
-    found = combinations(overrides)
-    if not 0 <= options.number < len(found):
-        raise ConfigError(
-            [f"{options.number}: {' '.join(overrides)} are {len(found)} runs - --array=0-{len(found) - 1}"]
-        )
-    sys.stdout.write("".join(f"{word}\0" for word in found[options.number]))
 
 
 def _rows(run_dir: Path, made: object) -> list[tuple[str, ...]]:

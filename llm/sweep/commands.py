@@ -40,7 +40,7 @@ def _found(name: str, root: Path = Path("runs")) -> Path:
     Raises:
         ConfigError: if it is none.
     """
-    from llm.cluster.record import FILE
+    from llm.submit.record import FILE
 
     for folder in (root / name, Path(name)):
         if (folder / FILE).exists():

@@ -9,7 +9,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from llm.cluster.record import FILE
+from llm.submit.record import FILE
 from llm.sweep.outcome import outcomes
 from llm.sweep.table import table
 

@@ -18,12 +18,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from llm.cluster.record import Job, Record
 from llm.config.mistake import ConfigError, line
 from llm.exit import guarded
 from llm.launch import arguments_of_job, place
 from llm.signals import raise_at_once
 from llm.study import finite
+from llm.submit.record import Job, Record
 from llm.sweep.outcome import Outcome, outcome
 from llm.sweep.table import short
 

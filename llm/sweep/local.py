@@ -12,10 +12,10 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from llm.cluster.record import Job
 from llm.config.mistake import ConfigError, line
 from llm.launch import die_with_parent, program, signal_numbers
 from llm.signals import TOLD, preempted
+from llm.submit.record import Job
 from llm.sweep.launcher import End, Processes, last_line
 
 

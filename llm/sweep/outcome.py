@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llm.cluster.jobs import progress
-from llm.cluster.record import Contents, Record, Told
 from llm.exit import INTERRUPTED, LOST, SAVED
 from llm.lock import FOLDER, SILENCE_S
 from llm.study import finite
+from llm.submit.record import Contents, Record, Told
 
 Status = Literal["finished", "pruned", "failed", "interrupted", "running", "waiting"]
 DONE: tuple[Status, ...] = ("finished", "pruned")

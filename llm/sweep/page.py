@@ -6,7 +6,7 @@ import base64
 import html
 from collections.abc import Sequence
 
-from llm.cluster.record import Contents
+from llm.submit.record import Contents
 from llm.sweep.outcome import Outcome
 from llm.sweep.plot import axis, over_key, parallel
 from llm.sweep.table import best, count, keys, short, values

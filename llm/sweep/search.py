@@ -16,11 +16,11 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from llm.cluster.record import Job
 from llm.config.mistake import ConfigError, line
 from llm.exit import guarded
 from llm.lock import Lock, LockedError, locked
 from llm.study import Pruner, Pruning, opened
+from llm.submit.record import Job
 from llm.sweep.launcher import Processes, written
 from llm.sweep.outcome import Outcome
 from llm.sweep.sampler import Sampler, sampler

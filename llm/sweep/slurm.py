@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 from annotated_types import Ge, Gt
 from omegaconf import open_dict
 
-from llm.cluster.record import Job
 from llm.launch import signal_numbers
 from llm.signals import preempted
+from llm.submit.record import Job
 from llm.sweep.launcher import End, Processes, last_line
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Slurm(Processes):
 
     def _submitted(self, jobs: Sequence[Job]) -> tuple[str, Path]:
         """The id of the array, and its folder."""
-        from llm.cluster.submit import array, submit
+        from llm.submit.submit import array, submit
 
         configs = []
         for job in jobs:

@@ -7,7 +7,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 
-from llm.cluster.record import Contents, Job
+from llm.submit.record import Contents, Job
 from llm.sweep.outcome import Outcome
 
 _WIDTH = 100  # of what is said of a job in a line; the CSV has all of it

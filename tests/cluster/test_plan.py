@@ -13,14 +13,14 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.cluster.plan import matmul_flops, plan, recorded_mfu, wire
-from llm.cluster.remedy import examine, remedies
-from llm.cluster.rows import batch
-from llm.cluster.show import advice, table
-from llm.cluster.subject import Stated, Subject
 from llm.hardware import GPUS, gpu_named
 from llm.model import Transformer
 from llm.objective.scale import start
+from llm.plan.plan import matmul_flops, plan, recorded_mfu, wire
+from llm.plan.remedy import examine, remedies
+from llm.plan.rows import batch
+from llm.plan.show import advice, table
+from llm.plan.subject import Stated, Subject
 from llm.strategy import FSDP
 from llm.strategy.materialise import materialise
 from llm.strategy.process_group import fake_ranks

@@ -16,7 +16,8 @@ from torch import nn
 from benchmarks.scaling import ROOT, compare, fitted_interference, model_of, shipped
 from benchmarks.scaling_here import trained
 from benchmarks.scaling_memory import memory_bytes
-from llm.cluster import (
+from llm.model import Transformer, TransformerConfig
+from llm.plan import (
     H100_ETHERNET,
     H100_INFINIBAND,
     INTERFERENCE,
@@ -29,8 +30,7 @@ from llm.cluster import (
     stages,
     step_time,
 )
-from llm.cluster.traffic import Kind, held
-from llm.model import Transformer, TransformerConfig
+from llm.plan.traffic import Kind, held
 from llm.strategy import FSDP
 from llm.strategy.process_group import fake_ranks
 from tests.strategy.test_wire import BF16, CONFIG, Wire, network_on_mesh, step

@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.cluster import Slurm, partition
-from llm.cluster import submit as submitting
-from llm.cluster.commands import combination, logs, status, submit, where
-from llm.cluster.job import Job, script, written
+from llm.cluster.commands import logs, status
 from llm.cluster.jobs import NoAnswerError, Submission, newest, states, submissions
 from llm.cluster.partition import Nodes
-from llm.cluster.sweep import combinations
 from llm.command import compose
 from llm.config import ConfigError
 from llm.run import run
+from llm.submit import submit as submitting
+from llm.submit.batch import BatchJob, script, written
+from llm.submit.combinations import combinations
+from llm.submit.commands import combination, submit, where
 from llm.sweep.commands import report
 from tests.cluster.box import TINY, cpu
 from tests.test_conf import CONF, EXPERIMENTS, FINE_TUNING, needs
@@ -120,7 +121,7 @@ def test_every_experiment_on_every_cluster(experiment: str, cluster: str, site: 
 @given(st.lists(st.text(st.characters(exclude_characters="\0\r", codec="utf-8")), min_size=1, max_size=4))
 def test_arguments_reach_the_job_as_they_were(words: list[str]) -> None:
     template = "#!/usr/bin/env bash\n#SBATCH --cpus-per-gpu=8\n#SBATCH --mail-type=END\nprintf '%s\\0' \"$@\"\n"
-    job = Job("train", "name", Path("runs/name"), words, Slurm(tasks_per_node=1))
+    job = BatchJob("train", "name", Path("runs/name"), words, Slurm(tasks_per_node=1))
     made = script(job, template)
     done = subprocess.run(["bash", "-c", made], capture_output=True, check=True)
     assert done.stdout.decode().split("\0")[:-1] == words
@@ -421,7 +422,7 @@ def test_what_sbatch_would_misread(tmp_path: Path, site: Path, monkeypatch: pyte
     odd.mkdir()
     monkeypatch.chdir(odd)
     template = "#!/bin/bash\n#SBATCH --signal=USR1@300\n#SBATCH -A theirs\n#SBATCH --comment=x # why\ntrue\n"
-    job = Job("train", "n", Path("runs/n"), [], Slurm(tasks_per_node=1, time="5:00", warning_s=0))
+    job = BatchJob("train", "n", Path("runs/n"), [], Slurm(tasks_per_node=1, time="5:00", warning_s=0))
     rows = script(job, template).splitlines()
     assert f'#SBATCH --chdir="{odd}"' in rows
     assert f'#SBATCH --output="{str(odd).replace("%", "%%")}/runs/n/jobs/train/log.txt"' in rows

@@ -10,10 +10,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from llm.cluster.subject import Stated, Subject, subject
-from llm.cluster.trace import KINDS, Played, peak, trace
 from llm.config import register
 from llm.model import Transformer
+from llm.plan.subject import Stated, Subject, subject
+from llm.plan.trace import KINDS, Played, peak, trace
 from tests.cluster.measured import measured_peak
 from tests.ranks import run_on_ranks
 from tests.runs import CONF, FAMILIES, composed
@@ -121,7 +121,7 @@ def test_a_few_blocks_tell_what_all_of_them_need(name: str, strategy: str, monke
     spread = ["strategy=fsdp", "trainer.devices=2"] if strategy == "fsdp" else []
     found = planned(["data.path=x", *SIZES, *ROWS, *CASES[name], *layers, *spread])
     few = found.moments
-    monkeypatch.setattr("llm.cluster.trace._FEW", 100)
+    monkeypatch.setattr("llm.plan.trace._FEW", 100)
     played = Played(found.world_size, found.precision, False, found.rows, found.n_micro_batches)
     whole = trace(found.objective, found.strategy, found.data, played)
     for moment, kinds in few.items():

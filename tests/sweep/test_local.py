@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from llm.cluster.record import Job, Record
 from llm.config import ConfigError
+from llm.submit.record import Job, Record
 from llm.sweep import Local
 from llm.sweep.launcher import written
 from llm.sweep.local import _share

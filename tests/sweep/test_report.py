@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from llm.__main__ import main
-from llm.cluster.record import Job, Record
+from llm.submit.record import Job, Record
 from llm.sweep.outcome import outcomes
 from llm.sweep.plot import axis
 from llm.sweep.table import as_csv, table

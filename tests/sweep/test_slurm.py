@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from llm.cluster.commands import combination
 from llm.cluster.jobs import NoAnswerError, State, tasks
-from llm.cluster.record import Job, Record
 from llm.config import ConfigError
+from llm.submit.commands import combination
+from llm.submit.record import Job, Record
 from llm.sweep import Slurm
 from llm.sweep.launcher import last_line
 from llm.sweep.slurm import _end
@@ -190,8 +190,8 @@ def test_an_array_whose_tasks_are_told_by_a_file(
 
 def test_what_is_wrong_with_one_of_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything, and before anything is written."""
-    from llm.cluster.submit import array
     from llm.command import compose
+    from llm.submit.submit import array
 
     Path("text.jsonl").write_text('{"text": "some words"}\n' * 50)
     monkeypatch.setenv("PATH", "/nowhere")

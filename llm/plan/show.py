@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llm.cluster.plan import Plan
-from llm.cluster.search import Setting
-from llm.cluster.trace import KINDS
+from llm.plan.plan import Plan
+from llm.plan.search import Setting
+from llm.plan.trace import KINDS
 
 _GIB = 2.0**30
 _NAMES = {"gathered": "gathered and cast weights"}

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from omegaconf import OmegaConf
 
-from llm.cluster.plan import device_speed, timed, usable
-from llm.cluster.subject import Stated, Subject, subject
-from llm.cluster.trace import Moments, peak
 from llm.command import CONF
 from llm.config import ConfigError
+from llm.plan.plan import device_speed, timed, usable
+from llm.plan.subject import Stated, Subject, subject
+from llm.plan.trace import Moments, peak
 
 _SHOWN = 10
 _CHECKPOINTING = ("none", "selective", "full")

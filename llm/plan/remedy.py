@@ -8,16 +8,19 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from llm.cluster import partition
-from llm.cluster.plan import Plan, attempt_s, plan
-from llm.cluster.subject import Stated, Subject, subject
+from llm.cluster.slurm import cluster_of
 from llm.command import compose
 from llm.config import ConfigError
 from llm.config.mistake import line
+from llm.plan.plan import Plan, attempt_s, plan
+from llm.plan.subject import Stated, Subject, subject
 from llm.strategy import DDP, FSDP
 
 _ALTERNATIVES = 3  # remedies that are shown
@@ -30,8 +33,8 @@ Changes = tuple[str, ...]  # overrides; "without KEY": one that is left out
 
 
 @dataclass(frozen=True)
-class Examined:
-    """A command line, as far as it came: without a plan if its configuration has mistakes."""
+class Judged:
+    """The run of some overrides, as far as it came: without a plan if its configuration has mistakes."""
 
     arguments: Changes
     subject: Subject | None
@@ -40,23 +43,30 @@ class Examined:
 
 
 @cache
-def examine(arguments: Changes, stated: Stated) -> Examined:
+def examine(arguments: Changes, stated: Stated) -> Judged:
     """Compose, build and plan what these overrides describe, and say all that is wrong with it."""
     try:
-        found = subject(compose(arguments), stated)
+        cfg = compose(arguments)
     except ConfigError as error:
-        return Examined(arguments, None, None, error.mistakes)
+        return Judged(arguments, None, None, error.mistakes)
+    return replace(judge(cfg, stated), arguments=arguments)
+
+
+def judge(cfg: DictConfig, stated: Stated, *, costs: bool = True) -> Judged:
+    """Build and plan a run, and say what cannot be true of it or, if it is to be known what it `costs`, will not work,
+    though the configuration has no mistake."""
+    try:
+        found = subject(cfg, stated)
+    except ConfigError as error:
+        return Judged((), None, None, [*_of_partition(cfg), *error.mistakes])
+    if not costs:
+        return Judged((), found, None, [])
     made = plan(found, stated)
-    return Examined(arguments, found, made, problems(found, made))
+    return Judged((), found, made, [*_of_partition(cfg), *_of_memory(made), *_of_time(found, made)])
 
 
-def problems(found: Subject, made: Plan) -> list[str]:
-    """One line for each thing that will not work, though the configuration has no mistake."""
-    return [
-        *([] if found.cluster is None else partition.refusals(found.cluster)),
-        *_of_memory(made),
-        *_of_time(found, made),
-    ]
+def _of_partition(cfg: DictConfig) -> list[str]:
+    return [] if cfg.cluster is None else partition.refusals(cluster_of(cfg))
 
 
 def _of_memory(made: Plan) -> Iterator[str]:
@@ -106,10 +116,10 @@ def shortage(found: Subject, made: Plan) -> list[str]:
 
 
 # ---- remedies --------------------------------------------------------------------------------------------------------
-def remedies(examined: Examined, stated: Stated) -> list[Changes]:
+def remedies(judged: Judged, stated: Stated) -> list[Changes]:
     """The fewest changes with which nothing is wrong any more, and others as few: each has been planned again."""
     found: list[Changes] = []
-    queue: list[tuple[int, int, Changes, Examined]] = [(0, 0, (), examined)]
+    queue: list[tuple[int, int, Changes, Judged]] = [(0, 0, (), judged)]
     n_tries = 0
     while queue and n_tries < _TRIES and len(found) < _ALTERNATIVES:
         _, _, so_far, here = heapq.heappop(queue)
@@ -119,7 +129,7 @@ def remedies(examined: Examined, stated: Stated) -> list[Changes]:
             if n_tries == _TRIES or len(found) == _ALTERNATIVES or len(changes) > longest or changes in found:
                 continue
             n_tries += 1
-            tried = examine(after(examined.arguments, changes), stated)
+            tried = examine(after(judged.arguments, changes), stated)
             if not tried.problems:
                 found.append(changes)
             elif here.problems[0] not in tried.problems:
@@ -145,12 +155,12 @@ def after(arguments: Changes, changes: Changes) -> Changes:
     return (*kept, *(change for change in changes if not change.startswith(_WITHOUT)))
 
 
-def _candidates(examined: Examined, stated: Stated) -> Iterator[Changes]:
+def _candidates(judged: Judged, stated: Stated) -> Iterator[Changes]:
     """Changes that may mend the first problem, the smallest first."""
-    if examined.plan is not None and not _fits(examined.plan):
-        yield from _fitting(examined, stated)
+    if judged.plan is not None and not _fits(judged.plan):
+        yield from _fitting(judged, stated)
     else:
-        yield from _named(examined.problems[0], examined.arguments)
+        yield from _named(judged.problems[0], judged.arguments)
 
 
 def _named(text: str, arguments: Sequence[str]) -> Iterator[Changes]:
@@ -190,13 +200,13 @@ def _fits(made: Plan) -> bool:
     return made.memory["usable"] is None or made.memory["peak"] <= made.memory["usable"]
 
 
-def _fitting(examined: Examined, stated: Stated) -> Iterator[Changes]:
+def _fitting(judged: Judged, stated: Stated) -> Iterator[Changes]:
     """What makes it fit: of as few kinds of changes as possible, and of each the least. More machines come last."""
-    assert examined.subject is not None
-    kinds = _levers(examined.subject)
+    assert judged.subject is not None
+    kinds = _levers(judged.subject)
 
     def fits(changes: Changes) -> bool:
-        tried = examine(after(examined.arguments, changes), stated)
+        tried = examine(after(judged.arguments, changes), stated)
         return tried.plan is not None and _fits(tried.plan)
 
     for n in range(1, len(kinds) + 1):
@@ -210,7 +220,7 @@ def _fitting(examined: Examined, stated: Stated) -> Iterator[Changes]:
             yield tuple(_least(chosen, strongest, fits))
         if some:
             return
-    yield from _more_machines(examined.subject)
+    yield from _more_machines(judged.subject)
 
 
 def _least(chosen: Sequence[Sequence[str]], strongest: Changes, fits: Callable[[Changes], bool]) -> list[str]:

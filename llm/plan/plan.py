@@ -1,6 +1,6 @@
 """What a run will cost, before it is queued: parameters, FLOPs, memory, bytes on the wire, time, disk.
 
-Everything here is counted, of the run's own parts (`llm/cluster/subject.py`), but for what `Stated` states.
+Everything here is counted, of the run's own parts (`llm/plan/subject.py`), but for what `Stated` states.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 from llm.checkpoint import newest
 from llm.checkpoint.manifest import MANIFEST
-from llm.cluster.scaling import H100_ETHERNET, H100_INFINIBAND, Cluster, StepTime, step_time, update_s
-from llm.cluster.subject import Stated, Subject, is_prepared
-from llm.cluster.trace import on_meta, peak
-from llm.cluster.traffic import Layout, bytes_by_kind, stages
 from llm.code import ROOT
 from llm.hardware import Gpu, gpu_named
 from llm.optimizer import MuonAdamW
 from llm.optimizer.groups import hidden_matrices
 from llm.optimizer.muon import traffic
+from llm.plan.scaling import H100_ETHERNET, H100_INFINIBAND, Cluster, StepTime, step_time, update_s
+from llm.plan.subject import Stated, Subject, is_prepared
+from llm.plan.trace import on_meta, peak
+from llm.plan.traffic import Layout, bytes_by_kind, stages
 from llm.strategy import FSDP
 from llm.strategy.process_group import fake_ranks
 

@@ -22,19 +22,18 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
 from llm.cluster import jobs, partition
-from llm.cluster.job import RUNS, SCRIPT, Job, Kind, Runs, written
-from llm.cluster.record import Job as Swept
-from llm.cluster.record import Record
 from llm.cluster.slurm import Slurm, cluster_of
-from llm.cluster.sweep import combinations
 from llm.code import commit, copy_code, difference
 from llm.command import beside, compose
 from llm.config import ConfigError, made_run_id
 from llm.config.mistake import line
 from llm.exit import EXISTS
+from llm.submit.batch import RUNS, SCRIPT, BatchJob, Kind, Runs, written
+from llm.submit.combinations import combinations
+from llm.submit.record import Job, Record
 
 if TYPE_CHECKING:
-    from llm.cluster.plan import Plan
+    from llm.plan.plan import Plan
 
 # What names a run is a folder, a job and a W&B run: no name needs more, and none of these means anything to a shell.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*(/[A-Za-z0-9_+-][A-Za-z0-9_.+-]*)*")
@@ -48,7 +47,9 @@ class SubmittedError(ValueError):
     exit_code = EXISTS
 
 
-def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None, after: Sequence[str] = ()) -> Job:
+def planned(
+    kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None, after: Sequence[str] = ()
+) -> BatchJob:
     """Compose and check what is to be submitted.
 
     Args:
@@ -74,9 +75,12 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
     run_dir = Path(cfg.run_dir) if kind == "train" else Path("runs") / name.name
     refuse_live(run_dir, kind)
     mistakes = [*_following(arguments), *name.mistakes]
-    cost, wrong = (None, []) if kind == "prepare" else _examined(cfg, costs=not mistakes)
-    if mistakes + wrong:
-        raise ConfigError(mistakes + wrong)
+    cost = None
+    if kind != "prepare":
+        cost, wrong = _examined(cfg, costs=not mistakes)
+        mistakes += wrong
+    if mistakes:
+        raise ConfigError(mistakes)
     cfg.trainer.num_nodes, cfg.trainer.devices = cluster.nodes, cluster.ranks_per_node
     n_tasks = n_shares if swept is None else len(swept)
     frozen = [] if kind in ("prepare", "sweep") else name.overrides
@@ -85,10 +89,12 @@ def planned(kind: Kind, arguments: Sequence[str], *, n_shares: int | None = None
     own, kept = _own_files(arguments, run_dir / jobs.FOLDER / kind)
     sized = _sized(cluster, kind)
     kept += frozen
-    return Job(kind, name.name, run_dir, kept, sized, n_tasks, jobs_before, cfg, own, swept=swept, cost=cost)
+    return BatchJob(kind, name.name, run_dir, kept, sized, n_tasks, jobs_before, cfg, own, swept=swept, cost=cost)
 
 
-def array(name: str, run_dir: Path, commands: dict[int, list[str]], configs: list[DictConfig], at_once: int) -> Job:
+def array(
+    name: str, run_dir: Path, commands: dict[int, list[str]], configs: list[DictConfig], at_once: int
+) -> BatchJob:
     """An array of runs in `run_dir`, each a task with the number and the command line that `commands` gives it.
 
     Raises:
@@ -111,7 +117,7 @@ def array(name: str, run_dir: Path, commands: dict[int, list[str]], configs: lis
         raise ConfigError(mistakes)
     arguments = ["--file", str((folder / RUNS).absolute())]
     runs = Runs(label, kept, at_once)
-    return Job("sweep", name, run_dir, arguments, clusters[0], len(kept), (), None, own, runs)
+    return BatchJob("sweep", name, run_dir, arguments, clusters[0], len(kept), (), None, own, runs)
 
 
 def _own_files(arguments: Sequence[str], folder: Path) -> tuple[Path | None, list[str]]:
@@ -124,7 +130,7 @@ def _own_files(arguments: Sequence[str], folder: Path) -> tuple[Path | None, lis
     return Path(given.config_dir), [replaced.get(text, text) for text in arguments]
 
 
-def submit(job: Job) -> jobs.Submission:
+def submit(job: BatchJob) -> jobs.Submission:
     """Freeze what the job runs, and hand it to sbatch.
 
     Raises:
@@ -158,14 +164,14 @@ def submit(job: Job) -> jobs.Submission:
     return made
 
 
-def _enter(job: Job, record: Record) -> None:
+def _enter(job: BatchJob, record: Record) -> None:
     """Write down what each task of a sweep is, for `python -m llm report`."""
     if job.swept is not None:
-        record.enter([Swept(number, overrides) for number, overrides in enumerate(job.swept)])
+        record.enter([Job(number, overrides) for number, overrides in enumerate(job.swept)])
         record.about()
 
 
-def _freeze(job: Job) -> None:
+def _freeze(job: BatchJob) -> None:
     copy_code(job.folder / "code")
     if job.runs is not None:
         (job.folder / RUNS).write_text(json.dumps(job.runs.commands, indent=1) + "\n")
@@ -209,7 +215,7 @@ def refuse_live(run_dir: Path, name: str) -> None:
             )
 
 
-def _set_aside(job: Job) -> None:
+def _set_aside(job: BatchJob) -> None:
     """Make room for another submission of a run whose last job has ended."""
     refuse_live(job.run_dir, job.folder.name)
     for folder, before in jobs.submissions(job.run_dir):
@@ -264,18 +270,11 @@ def _nameable(name: str, run_dir: Path) -> list[str]:
 
 def _examined(cfg: DictConfig, *, costs: bool = True) -> tuple[Plan | None, list[str]]:
     """What the run will cost, and what cannot be true of it or, if it is to be known what it `costs`, will not work."""
-    from llm.cluster.plan import plan
-    from llm.cluster.remedy import problems
-    from llm.cluster.subject import Stated, subject
+    from llm.plan.remedy import judge
+    from llm.plan.subject import Stated
 
-    try:
-        found = subject(cfg, Stated())
-    except ConfigError as error:
-        return None, [*partition.refusals(cluster_of(cfg)), *error.mistakes]
-    if not costs:
-        return None, []
-    made = plan(found, Stated())
-    return made, problems(found, made)
+    found = judge(cfg, Stated(), costs=costs)
+    return found.plan, found.problems
 
 
 def _sized(cluster: Slurm, kind: Kind) -> Slurm:
@@ -288,7 +287,7 @@ def _sized(cluster: Slurm, kind: Kind) -> Slurm:
     return replace(cluster, nodes=1, gpus_per_node=None, gpu_type=None, tasks_per_node=1, cpus_per_task=cores)
 
 
-def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Job:
+def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> BatchJob:
     """Of a run that is there, or will be when the job starts."""
     asked = [text for text in arguments if _CLUSTER.match(text)]
     kept = [text for text in arguments if not _CLUSTER.match(text)]
@@ -306,7 +305,7 @@ def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Job
     cluster = _sized(cluster_of(compose(asked, elsewhere=lambda cfg: True)), kind)
     if mistakes := partition.refusals(cluster):
         raise ConfigError(mistakes)
-    return Job(kind, f"{kind}-{run_dir.name}", run_dir, kept, cluster, None, after)
+    return BatchJob(kind, f"{kind}-{run_dir.name}", run_dir, kept, cluster, None, after)
 
 
 def _job_of(name: str) -> str:

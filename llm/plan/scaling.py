@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Protocol
 
-from llm.cluster.traffic import Axis, Layout, Model, Stage, Transfer, held, stages
+from llm.plan.traffic import Axis, Layout, Model, Stage, Transfer, held, stages
 
 _UPDATE_BYTES = 28  # AdamW reads weight, gradient and two moments in float32, and writes all but the gradient
 

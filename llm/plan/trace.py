@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
-from llm.cluster.meter import Meter
-from llm.cluster.rows import Rows, batch
 from llm.data import TextData
 from llm.model import Transformer, TransformerConfig
 from llm.model.feed_forward import TanhGelu
@@ -32,6 +30,8 @@ from llm.model.mask import LONG
 from llm.objective import Objective, Preference
 from llm.objective.given import Adapter
 from llm.objective.scale import Scale, start
+from llm.plan.meter import Meter
+from llm.plan.rows import Rows, batch
 from llm.reduce import clip_gradients, own_part
 from llm.strategy import DDP, FSDP, Single
 from llm.strategy.apply import vocabulary_multiple

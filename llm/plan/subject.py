@@ -12,10 +12,7 @@ from omegaconf import DictConfig
 
 from llm.agree import agree
 from llm.build import built
-from llm.cluster.rows import Rows, rows_of
 from llm.cluster.slurm import Slurm, cluster_of
-from llm.cluster.trace import Moments, Played, on_meta, trace
-from llm.cluster.traffic import Layout, Model
 from llm.config import ConfigError
 from llm.config.mistake import line
 from llm.data import DataError, TextData
@@ -24,6 +21,9 @@ from llm.hardware import GPUS, Gpu, gpu_named
 from llm.machine import precision
 from llm.model import Transformer, TransformerConfig
 from llm.objective import Objective
+from llm.plan.rows import Rows, rows_of
+from llm.plan.trace import Moments, Played, on_meta, trace
+from llm.plan.traffic import Layout, Model
 from llm.run import settled
 from llm.strategy import DDP, FSDP, Single
 

@@ -15,7 +15,7 @@ from llm.cluster.slurm import Slurm
 from llm.code import ROOT, commit, difference
 
 if TYPE_CHECKING:
-    from llm.cluster.plan import Plan
+    from llm.plan.plan import Plan
 
 Kind = Literal["train", "sweep", "prepare", "evaluate", "export"]
 KINDS: tuple[Kind, ...] = ("train", "sweep", "prepare", "evaluate", "export")
@@ -33,7 +33,7 @@ class Runs:
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """What is to be submitted.
 
     arguments  of the template
@@ -71,7 +71,7 @@ class Job:
         return None if self.n_tasks is None else f"0-{self.n_tasks - 1}"
 
 
-def script(job: Job, template: str) -> str:
+def script(job: BatchJob, template: str) -> str:
     """The template, with what this job asks SLURM for, its arguments, and where its code lies."""
     cluster = job.cluster
     folder = str(job.folder.absolute()).replace("%", "%%")
@@ -106,14 +106,14 @@ def script(job: Job, template: str) -> str:
     )
 
 
-def written(job: Job) -> str:
+def written(job: BatchJob) -> str:
     """The script of `job`, from its template."""
     return script(job, (ROOT / "slurm" / f"{job.kind}.sbatch").read_text())
 
 
-def said(job: Job, id_: str | None) -> dict[str, Any]:
+def said(job: BatchJob, id_: str | None) -> dict[str, Any]:
     """What the user is told of it, by title."""
-    from llm.cluster.show import summary
+    from llm.plan.show import summary
 
     cluster = job.cluster
     ranks = f"{cluster.nodes} x {cluster.ranks_per_node} ranks" if job.kind in ("train", "sweep") else "1 process"
