@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from hypothesis import settings
 from omegaconf import DictConfig
 
-from llm.callback.plot import Rows, plot_run
 from llm.config import register
+from tests.lean import lean
 from tests.runs import TINY, Compose
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -38,21 +38,8 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_picture_of_a_kind() -> Iterator[None]:
-    """Ticks and labels take a second, a third of a tiny run: of runs in this process with the same curves the first is
-    drawn, and the others get its picture."""
-    pictures: dict[frozenset[str], bytes] = {}
-    parts = ("loss", "bits_per_byte", "next_sentence_accuracy")  # of the names that decide what a picture shows
-
-    def plot(rows: Rows, baselines: Mapping[str, float], path: Path) -> None:
-        kind = frozenset(name for name in set(baselines).union(*rows) if any(part in name for part in parts))
-        if kind not in pictures:
-            plot_run(rows, baselines, path)
-            pictures[kind] = path.read_bytes()
-        path.write_bytes(pictures[kind])
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("llm.callback.summary.plot_run", plot)
+def _lean() -> Iterator[None]:
+    with lean():
         yield
 
 

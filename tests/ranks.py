@@ -25,7 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
@@ -292,6 +292,20 @@ def _serve(control_fd: int, preload: Sequence[str]) -> None:
         raise RuntimeError(f"importing {preload} started {n_threads - 1} threads, whose locks a fork would copy")
     gc.collect()
     gc.freeze()  # a rank then collects its own garbage in 5 ms, and not in a second of looking at all of torch
+    with _lean():
+        _fork_when_asked(control_fd)
+
+
+def _lean() -> AbstractContextManager[None]:
+    """For ranks that train."""
+    if "llm.run" not in sys.modules:
+        return nullcontext()
+    from tests.lean import lean
+
+    return lean()
+
+
+def _fork_when_asked(control_fd: int) -> None:
     control = socket.socket(fileno=control_fd)
     children: dict[int, int] = {}  # pidfd -> pid
     while True:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +82,11 @@ def rows(run_dir: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("speed/")} for line in lines]
 
 
-def composed(overrides: list[str]) -> DictConfig:
-    """The tiny run with `overrides`."""
+def composed(overrides: Sequence[str], base: Sequence[str] = TINY) -> DictConfig:
+    """The tiny run, or another `base`, with `overrides`."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*TINY, "run_name=test", *overrides])
+        return compose("train", [*base, "run_name=test", *overrides])
 
 
 def run_composed(overrides: list[str]) -> Outcome:

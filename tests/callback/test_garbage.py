@@ -36,7 +36,8 @@ def note(phase: str, information: dict[str, int]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def listening() -> Iterator[None]:
+def listening(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("llm.callback.garbage.gc", gc)  # tests.lean has put another there
     Collections.found, Collections.enabled, Collections.trainer, Collections.raises_at = [], [], None, None
     gc.callbacks.append(note)
     yield
