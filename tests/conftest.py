@@ -26,9 +26,11 @@ settings.load_profile("unhurried")
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _ctrl_c_is_heard() -> None:
-    """A shell lets what it starts in the background ignore it, and that is inherited."""
+def _signals_are_heard() -> None:
+    """What a shell starts in the background ignores Ctrl-C, what nohup does the end of the terminal, and both is
+    inherited."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")
