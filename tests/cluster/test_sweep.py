@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 COMMAND = [
     *("python", "train.py", "-m", "hydra/launcher=slurm", "hydra.launcher.poll_s=1", *cpu(2, 1), *TINY, *PACED),
     *("run_name=four", "strategy=ddp", "trainer.max_steps=15", "optimizer.lr=1e-3,2e-3,1e30,3e-3"),
+    "cluster.cpus_per_task=4",  # half of a node's: the last job has not begun when it is held
 ]
 
 
