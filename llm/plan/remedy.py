@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from llm.cluster import partition
-from llm.cluster.slurm import cluster_of
+from llm.cluster.slurm import Slurm, cluster_of
 from llm.command import compose
 from llm.config import ConfigError
 from llm.config.mistake import line
@@ -36,10 +36,10 @@ Changes = tuple[str, ...]  # overrides; "without KEY": one that is left out
 class Judged:
     """The run of some overrides, as far as it came: without a plan if its configuration has mistakes."""
 
-    arguments: Changes
     subject: Subject | None
     plan: Plan | None
     problems: list[str]
+    arguments: Changes = ()
 
 
 @cache
@@ -48,7 +48,7 @@ def examine(arguments: Changes, stated: Stated) -> Judged:
     try:
         cfg = compose(arguments)
     except ConfigError as error:
-        return Judged(arguments, None, None, error.mistakes)
+        return Judged(None, None, error.mistakes, arguments)
     return replace(judge(cfg, stated), arguments=arguments)
 
 
@@ -58,15 +58,16 @@ def judge(cfg: DictConfig, stated: Stated, *, costs: bool = True) -> Judged:
     try:
         found = subject(cfg, stated)
     except ConfigError as error:
-        return Judged((), None, None, [*_of_partition(cfg), *error.mistakes])
+        cluster = None if cfg.cluster is None else cluster_of(cfg)
+        return Judged(None, None, [*_of_partition(cluster), *error.mistakes])
     if not costs:
-        return Judged((), found, None, [])
+        return Judged(found, None, [])
     made = plan(found, stated)
-    return Judged((), found, made, [*_of_partition(cfg), *_of_memory(made), *_of_time(found, made)])
+    return Judged(found, made, [*_of_partition(found.cluster), *_of_memory(made), *_of_time(found, made)])
 
 
-def _of_partition(cfg: DictConfig) -> list[str]:
-    return [] if cfg.cluster is None else partition.refusals(cluster_of(cfg))
+def _of_partition(cluster: Slurm | None) -> list[str]:
+    return [] if cluster is None else partition.refusals(cluster)
 
 
 def _of_memory(made: Plan) -> Iterator[str]:
