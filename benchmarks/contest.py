@@ -108,8 +108,10 @@ class Outcome:
 class _Running:
     """A contestant's process and the lines it says."""
 
-    def __init__(self, contestant: Contestant, pace: Pace, folder: Path, cpus: Sequence[int]) -> None:
-        self.contestant, self.pace = contestant, pace
+    def __init__(
+        self, contestant: Contestant, pace: Pace, folder: Path, cpus: Sequence[int], patience_s: float
+    ) -> None:
+        self.contestant, self.pace, self.patience_s = contestant, pace, patience_s
         self.log = folder / f"{contestant.name.replace(' ', '-').replace('/', '-')}.log"
         path = folder / "turn.sock"
         path.unlink(missing_ok=True)
@@ -141,7 +143,7 @@ class _Running:
 
     def heard(self) -> list[dict[str, Any]]:
         """The next message of every rank."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + self.patience_s
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             for connection in self._unread:
@@ -187,7 +189,7 @@ class _Running:
     def leave(self) -> None:
         """Wait for its end, which is to be a good one."""
         try:
-            code = self._process.wait(timeout=PATIENCE_S)
+            code = self._process.wait(timeout=self.patience_s)
         except subprocess.TimeoutExpired:
             raise self._failure() from None
         if code != 0:
@@ -207,7 +209,7 @@ class _Running:
 
     def _failure(self) -> ContestError:
         code = self._process.poll()
-        what = f"said nothing for {PATIENCE_S:.0f} s" if code is None else f"ended with code {code}"
+        what = f"said nothing for {self.patience_s:.0f} s" if code is None else f"ended with code {code}"
         tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-30:])
         return ContestError(f"{self.contestant.name} {what}; the end of what it printed:\n{tail}")
 
@@ -223,6 +225,7 @@ def compete(
     clock: Literal["cpu_s", "wall_s"] = "cpu_s",
     apart: bool = False,
     hurried: bool = False,
+    patience_s: float = PATIENCE_S,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
 ) -> Outcome:
     """Run the contest.
@@ -235,6 +238,7 @@ def compete(
         tolerance: by how much the losses of one group may differ, step by step.
         hurried: warm up all at the same time: where nothing depends on the figures.
         apart: one after the other, not turn by turn: where two do not fit the device.
+        patience_s: for one message, as the one at the end of the warm-up.
 
     Raises ContestError if one fails, or if losses of one group differ by more.
     """
@@ -246,7 +250,7 @@ def compete(
         losses: dict[str, list[float]] = {}
         teams = [[contestant] for contestant in contestants] if apart else [list(contestants)]
         for team in teams:
-            _meet(team, contestants, own, folder, cpus, outcome, losses, say, hurried, tolerance)
+            _meet(team, contestants, own, folder, cpus, outcome, losses, say, hurried, tolerance, patience_s)
     return outcome
 
 
@@ -261,6 +265,7 @@ def _meet(
     say: Callable[[str], None],
     hurried: bool,
     tolerance: float,
+    patience_s: float,
 ) -> None:
     """Start each, let it warm up alone, compare its losses with those of all that have been `met`, then take turns."""
     running: list[_Running] = []
@@ -268,7 +273,7 @@ def _meet(
         for contestant in team:
             where = folder / str(len(list(folder.iterdir())))
             where.mkdir()
-            running.append(_Running(contestant, pace, where, cpus))
+            running.append(_Running(contestant, pace, where, cpus, patience_s))
             if not hurried:
                 say(f"    {contestant.name}: warming up")
                 losses[contestant.name] = running[-1].heard()[0]["losses"]

@@ -73,6 +73,7 @@ def ours(
     steps: Path | None = None,
     every: bool = True,
     loggers: bool = False,
+    checkpoints: bool = False,
     **options: Any,
 ) -> Contestant:
     """Contestant `name`: train.py with `overrides`, for `n_steps` at most.
@@ -82,11 +83,12 @@ def ours(
         steps: prepared ones to train on; None: those of its own data.
         every: all default callbacks; False: none, for what the loop alone takes.
         loggers: W&B and TensorBoard too; without them a run's metrics are in its own files, as those of others are.
+        checkpoints: as many as by default; False: none, not even of the last step.
     """
     reporting = ["packages=[benchmarks]", "+callback.turn={_target_: benchmarks.contestants.ours.TakeTurns}"]
     # Whoever waits for its turn is not hung; checkpoints and samples are no part of what is compared.
-    apart = ["callback.watchdog.floor_s=36000", "~callback.checkpoint"]
-    apart += ["callback.sample.prompts=[]"]
+    apart = ["callback.watchdog.floor_s=36000", "callback.sample.prompts=[]"]
+    apart += [] if checkpoints else ["~callback.checkpoint"]
     settings = [
         *overrides,
         *(apart if every else ["callback=none"]),

@@ -120,6 +120,8 @@ def main(settings: dict[str, Any]) -> None:
     )
     report.trainer = trainer
     trainer.train()
+    if "save" in settings:
+        trainer.save_model(settings["save"])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,35 +32,11 @@ BAR = Bar(">=", 1.0)
 
 def measure(session: Session) -> list[Row]:
     """Ours over theirs, and over a plain loop."""
-    n_steps, rows = session.n_steps(STEPS), 4 if session.smoke else ROWS
-    pairs = _pairs(session.data / "mt_multi30k", n_steps * rows, made_up=session.smoke)
-    text = session.folder / "text.txt"
-    text.write_text("\n\n".join(side for pair in pairs for side in pair), encoding="utf-8")
-    run = [
-        "data/tasks=span_denoising",
-        "objective=seq2seq",
-        "data=text",
-        f"data.sources.text.path={text}",
-        "tokenizer=unigram",
-        f"tokenizer.vocab_size={200 if session.smoke else 4096}",
-        "tokenizer.n_sentinels=20",
-        "data.max_length=128",
-        f"data.batch_size={rows}",
-        "data.micro_batch_size=null",
-        f"trainer.max_steps={n_steps}",
-        "trainer.precision=32-true",
-        "trainer.accelerator=cpu",
-        "model=t5_small",
-        *SHARED,
-    ]
-    config = _config(vocabulary(run), small=session.smoke)
-    tokenizer, theirs_too = tokenizer_of(run), session.peers.has("transformers")
-    weights = save_weights(config, session.folder / "weights", theirs=theirs_too, tokenizer=tokenizer)
-    loaded = list(_steps(pairs, rows, tokenizer))
-    steps, work = save_steps(loaded, session.folder / "steps.pt"), n_real(loaded)
+    task = Translation.of(session, session.n_steps(STEPS))
+    config, weights, steps, work = task.config, task.weights, task.steps, task.work
     fields = ("documents", "positions")
     team = [
-        ours("ours", [*run, *model_overrides(config)], n_steps, weights, steps=steps, work=work),
+        ours("ours", task.run, len(work), weights, steps=steps, work=work),
         plain(session, "plain loop", config, weights, steps, "32-true", fields=fields, work=work),
     ]
     trained = session.peers.has("transformers", "accelerate")
@@ -76,6 +53,72 @@ def measure(session: Session) -> list[Row]:
     if trained:
         found.insert(0, Row("ours / transformers Trainer", "x", outcome.ratio("ours", "transformers Trainer"), BAR))
     return found
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What all contestants get: a model, its weights and its batches.
+
+    run       overrides of a run of ours
+    weights   what `material.save_weights` wrote
+    steps     what `material.save_steps` wrote
+    work      target tokens of each step
+    """
+
+    run: list[str]
+    config: TransformerConfig
+    tokenizer: Tokenizer
+    weights: Path
+    steps: Path
+    work: list[float]
+
+    @classmethod
+    def of(cls, session: Session, n_steps: int) -> Translation:
+        """Of `n_steps` batches of training pairs."""
+        rows = 4 if session.smoke else ROWS
+        found = pairs(session, "train", n_steps * rows)
+        text = session.folder / "text.txt"
+        text.write_text("\n\n".join(side for pair in dict.fromkeys(found) for side in pair), encoding="utf-8")
+        run = [
+            "data/tasks=span_denoising",
+            "objective=seq2seq",
+            "data=text",
+            f"data.sources.text.path={text}",
+            "tokenizer=unigram",
+            f"tokenizer.vocab_size={200 if session.smoke else 4096}",
+            "tokenizer.n_sentinels=20",
+            "data.max_length=128",
+            f"data.batch_size={rows}",
+            "data.micro_batch_size=null",
+            f"trainer.max_steps={n_steps}",
+            "trainer.precision=32-true",
+            "trainer.accelerator=cpu",
+            "model=t5_small",
+            *SHARED,
+        ]
+        config = _config(vocabulary(run), small=session.smoke)
+        tokenizer, theirs_too = tokenizer_of(run), session.peers.has("transformers")
+        weights = save_weights(config, session.folder / "weights", theirs=theirs_too, tokenizer=tokenizer)
+        loaded = list(_steps(found, rows, tokenizer))
+        steps, work = save_steps(loaded, session.folder / "steps.pt"), n_real(loaded)
+        return cls([*run, *model_overrides(config)], config, tokenizer, weights, steps, work)
+
+
+def pairs(session: Session, split: str, n: int) -> list[tuple[str, str]]:
+    """English and German of Multi30k's `split`, from the beginning again when all are read; made-up ones where the
+    corpus is not at hand."""
+    folder = session.data / "mt_multi30k"
+    if session.smoke or not folder.exists():
+        draw = random.Random(split)
+        words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 8))) for _ in range(500)]
+        sides = (" ".join(draw.choices(words, k=draw.randint(6, 20))) for _ in range(2 * n))
+        return list(zip(sides, sides, strict=False))
+    lines = []
+    for language in ("en", "de"):
+        with gzip.open(folder / f"{split}.{language}.gz", "rt", encoding="utf-8") as file:
+            lines.append(file.read().splitlines())
+    found = list(zip(*lines, strict=True))
+    return (found * -(-n // len(found)))[:n]
 
 
 def _config(vocab_size: int, *, small: bool) -> TransformerConfig:
@@ -99,32 +142,18 @@ def _config(vocab_size: int, *, small: bool) -> TransformerConfig:
     )
 
 
-def _pairs(folder: Path, n: int, *, made_up: bool) -> list[tuple[str, str]]:
-    """English and German, as many as there are or as are wanted."""
-    if made_up or not folder.exists():
-        draw = random.Random(0)
-        words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 8))) for _ in range(500)]
-        sides = (" ".join(draw.choices(words, k=draw.randint(6, 20))) for _ in range(2 * n))
-        return list(zip(sides, sides, strict=False))
-    lines = []
-    for language in ("en", "de"):
-        with gzip.open(folder / f"train.{language}.gz", "rt", encoding="utf-8") as file:
-            lines.append(file.read().splitlines())
-    found = list(zip(*lines, strict=True))
-    return (found * -(-n // len(found)))[:n]
+def laid_out(tokenizer: Tokenizer, texts: list[str], filler: int) -> Tensor:
+    """Texts with their ends as rows of ids, [texts, the longest of them], filled up with `filler`."""
+    ids = [torch.tensor([*tokenizer.encode(text), tokenizer.eot_id][:128]) for text in texts]
+    return pad_sequence(ids, batch_first=True, padding_value=filler)
 
 
 def _steps(pairs: list[tuple[str, str]], rows: int, tokenizer: Tokenizer) -> Iterator[list[dict[str, Tensor]]]:
     """One micro-batch each, as Seq2Seq wants it: targets begin with padding, labels end the text."""
-    pad, end = tokenizer.pad_id, tokenizer.eot_id
-
-    def laid_out(texts: list[str], filler: int) -> Tensor:
-        ids = [torch.tensor([*tokenizer.encode(text), end][:128]) for text in texts]
-        return pad_sequence(ids, batch_first=True, padding_value=filler)
-
+    pad = tokenizer.pad_id
     for first in range(0, len(pairs), rows):
         sources, targets = (list(side) for side in zip(*pairs[first : first + rows], strict=True))
-        source, labels = laid_out(sources, -1), laid_out(targets, IGNORED)
+        source, labels = laid_out(tokenizer, sources, -1), laid_out(tokenizer, targets, IGNORED)
         read = labels.masked_fill(labels == IGNORED, pad).roll(1, dims=1)
         read[:, 0] = pad
         yield [
