@@ -13,6 +13,7 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,13 +102,14 @@ def _scored(translations: Mapping[str, Sequence[str]], references: Sequence[str]
     more = mine.score - theirs.score
     same = sum(a == b for a, b in zip(*(texts for _, texts in systems), strict=True))
     note = f"p = {mine.p_value:.2f}; {same} of {len(references)} translations are the same"
+    figures = {"signature": str(metric.get_signature()), "p": mine.p_value}
     return [
-        Row(
-            "ours",
-            "BLEU",
-            Spread(mine.score, mine.mean - mine.ci, mine.mean + mine.ci),
-            note=str(metric.get_signature()),
-        ),
-        Row("transformers Trainer", "BLEU", Spread(theirs.score, theirs.mean - theirs.ci, theirs.mean + theirs.ci)),
+        Row("ours", "BLEU", _interval(mine), figures=figures),
+        Row("transformers Trainer", "BLEU", _interval(theirs)),
         Row("ours - transformers Trainer", "BLEU", Spread(more, more, more), EQUAL, note=note),
     ]
+
+
+def _interval(result: Any) -> Spread:
+    """Of sacrebleu's Result."""
+    return Spread(result.score, result.mean - result.ci, result.mean + result.ci)
