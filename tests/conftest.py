@@ -10,15 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import settings
 from omegaconf import DictConfig
 
-from llm.config import register
 from tests.lean import lean
-from tests.runs import TINY, Compose
-
-CONF = Path(__file__).parents[1] / "conf"
+from tests.runs import Compose, composed
 
 # How long an example takes says how busy the machine is, not whether the code is right.
 settings.register_profile("unhurried", deadline=None)
@@ -63,13 +59,12 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def compose_run(corpus: Path, cache_dir: Path, tmp_path: Path) -> Iterator[Compose]:
+def compose_run(corpus: Path, cache_dir: Path, tmp_path: Path) -> Compose:
     """`compose_run(*overrides)`: the tiny run in a directory of this test, overrides last."""
-    register()
 
     def compose_tiny(*overrides: str) -> DictConfig:
-        places = (f"data.path={corpus}", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}", "run_name=test")
-        return compose("train", [*TINY, *places, *overrides])
+        return composed(
+            [f"data.path={corpus}", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path / 'run'}", *overrides]
+        )
 
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield compose_tiny
+    return compose_tiny

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,7 +18,7 @@ from llm.config import ConfigError, check, check_overrides, register
 from llm.model import Transformer
 from llm.run import run
 from llm.tokenizer import Bytes, WordPiece
-from tests.runs import Compose
+from tests.runs import Compose, composed
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -92,7 +91,7 @@ def on_meta(cfg: DictConfig) -> Transformer:
 
 
 @pytest.mark.parametrize("name", FINE_TUNING)
-def test_fine_tuning(name: str, compose_run: Compose, corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
+def test_fine_tuning(name: str, corpus: Path, cache_dir: Path, tmp_path: Path) -> None:
     """On local rows of the same columns, with a small model in the place of the pretrained one."""
     row, model = FINE_TUNING[name]
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
@@ -105,15 +104,15 @@ def test_fine_tuning(name: str, compose_run: Compose, corpus: Path, cache_dir: P
     short += ["data.micro_batch_size=null", "trainer.limit_val_batches=1"]
     if "init_from=BASE" in model:
         base = [*places, *short, "tokenizer=pretrained", *tokenizer, "data=files", f"data.path={corpus}"]
-        run(compose("train", [*base, "data.max_length=64", f"run_dir={tmp_path / 'base'}"]))
+        run(composed(["data.max_length=64", f"run_dir={tmp_path / 'base'}"], base))
         model = [word.replace("BASE", str(tmp_path / "base")) for word in model]
     settings = [*places, *local, *short, *model, *tokenizer]
-    assert run(compose("train", [f"experiment={name}", *settings])).step == 1
+    assert run(composed(settings, [f"experiment={name}"])).step == 1
 
 
 @pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name not in FINE_TUNING])
-def test_experiment(name: str, compose_run: Compose, corpus: Path, cache_dir: Path, tokenizer_folder: Path) -> None:
-    cfg = compose("train", [f"experiment={name}", *needs(name, corpus, tokenizer_folder)])
+def test_experiment(name: str, corpus: Path, cache_dir: Path, tokenizer_folder: Path) -> None:
+    cfg = composed(needs(name, corpus, tokenizer_folder), [f"experiment={name}"])
     check(cfg)
     if name in REAL_SIZE:
         assert on_meta(cfg).n_parameters() > 1e8
@@ -122,7 +121,7 @@ def test_experiment(name: str, compose_run: Compose, corpus: Path, cache_dir: Pa
     places = [f"data.cache_dir={cache_dir}", f"run_dir={tokenizer_folder.parent / 'run'}", "trainer.accelerator=cpu"]
     local = ["data=files", f"data.path={corpus}", "logger=none", "trainer.max_steps=1", "schedule.warmup_steps=0"]
     short = ["trainer.limit_val_batches=1", "callback.sample.max_new_tokens=4"]
-    assert run(compose("train", [f"experiment={name}", *places, *local, *short])).step == 1
+    assert run(composed([*places, *local, *short], [f"experiment={name}"])).step == 1
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: str(value))
@@ -137,15 +136,15 @@ def test_choice(
     if choice in SUPERVISED:
         return
     if (group, choice) == ("model", "pretrained"):
-        check(compose("train", overrides))
+        check(composed([], overrides))
     elif group == "model":
-        cfg = compose("train", overrides)
+        cfg = composed([], overrides)
         check(cfg)
         assert on_meta(cfg).n_parameters() > 1e6
     elif small and group not in ("callback", "logger", "tokenizer"):
         run(compose_run(*overrides, *FAMILY.get(choice, []), "trainer.max_steps=3"))
     else:
-        cfg = compose("train", overrides)
+        cfg = composed([], overrides)
         check(cfg)
         assert instantiate(cfg.data, _convert_="all").sources
 

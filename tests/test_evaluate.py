@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose
 
 from llm.__main__ import COMMANDS, CONF, main
 from llm.checkpoint import CheckpointError, average, export_folder, find, load, read_tensors
@@ -21,7 +20,7 @@ from llm.evaluate import Decoding, evaluate, task_from
 from llm.generate import answer, generate
 from llm.run import run
 from llm.talk import talk
-from tests.runs import TINY, Compose
+from tests.runs import TINY, Compose, composed
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog"]
 LABELS = ["colour", "number", "animal"]
@@ -243,7 +242,7 @@ def test_answers_are_found_from_given_weights(compose_run: Compose, tmp_path: Pa
     common = [line for line in (*TINY, *settings) if not line.startswith(("model", "tokenizer"))]
     taken = ["model=pretrained", f"init_from={tmp_path / 'base'}", "tokenizer=pretrained"]
     taken += [f"tokenizer.path={tmp_path / 'base'}", "schedule.warmup_steps=0", f"run_dir={tmp_path / 'run'}"]
-    run(compose("train", [*common, *taken]))
+    run(composed(taken, common))
     assert load(tmp_path / "run")[0].config.label_of == "token"
     assert set(evaluate(tmp_path / "run").scores) == {"exact", "f1"}
 

@@ -11,20 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llm.__main__ import main
 from llm.callback import Checkpoint
-from llm.config import ConfigError, register
+from llm.config import ConfigError
 from llm.data import TextData
 from llm.objective import Objective
 from llm.signals import PreemptedError
 from llm.strategy import Single
 from llm.verify import PARTS, Plan, Runs, _same, compare, plan, table, verify, write_certificate
 from tests.ranks import RankError, run_on_ranks
-from tests.runs import CONF, TINY, run_composed
+from tests.runs import composed, run_composed
 
 Step = st.integers(-3, 3)
 LEAVES = st.none() | st.booleans() | Step | st.text(max_size=2)
@@ -100,10 +99,7 @@ def in_ranks(overrides: list[str], log: Path, mutation: str | None = None) -> in
 
 
 def planned(*overrides: str) -> Plan:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [*TINY, *overrides])
-    return plan(cfg, overrides, 8)
+    return plan(composed(overrides), overrides, 8)
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from llm.config import register
 from llm.model import Transformer
 from llm.plan.subject import Stated, Subject, subject
 from llm.plan.trace import KINDS, Played, peak, trace
 from tests.cluster.measured import measured_peak
 from tests.ranks import run_on_ranks
-from tests.runs import CONF, FAMILIES, composed
+from tests.runs import FAMILIES, composed
 
 ROOT = Path(__file__).parents[2]
 SIZES = ["model.dim=128", "model.n_heads=4", "model.ffn_dim=512", "model.n_layers=3", "model.dropout=0.0"]
@@ -108,9 +106,7 @@ def test_the_peak_of_a_gpu(case: str) -> None:
 
 
 def _shipped(overrides: list[str]) -> DictConfig:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        node: DictConfig = compose("train", ["run_name=test", *overrides]).model
+    node: DictConfig = composed(overrides, []).model
     return node
 
 

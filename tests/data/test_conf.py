@@ -3,14 +3,12 @@
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from llm.config import register
 from llm.data import Files, Hub, Lines, StandardLibrary, TextData
 from llm.tokenizer import ByteLevelBPE, Bytes, Pretrained, Unigram, WordPiece
+from tests.runs import CONF, composed
 
-CONF = Path(__file__).parents[2] / "conf"
 DATA = {
     "stdlib": ([], {"python": StandardLibrary()}),
     "files": (["data.path=a.jsonl", "data.column=body"], {"files": Files("a.jsonl", "body")}),
@@ -55,10 +53,7 @@ TOKENIZER = {
 
 
 def build(*overrides: str) -> TextData:
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", list(overrides))
-    return instantiate(cfg.data, _convert_="all")
+    return instantiate(composed(overrides, []).data, _convert_="all")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "data").glob("[!_]*.yaml")))
