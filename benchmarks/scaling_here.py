@@ -28,6 +28,7 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import Callback
 
+from benchmarks.machine import import_path
 from benchmarks.scaling import model_of
 from benchmarks.strategies import MODEL, RUN
 from llm.model import Transformer, TransformerConfig, config_from
@@ -91,7 +92,7 @@ def start(overrides: Sequence[str], folder: Path, core: int | None = None) -> su
     if core is None:
         clock = clock.replace("core: 0", "core: null")
     command = [sys.executable, str(ROOT / "train.py"), *MODEL, *run, f"run_dir={folder / 'run'}", *overrides, clock]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": import_path(), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*command, "packages=[benchmarks]"], env=environment, stdout=subprocess.DEVNULL)
 
 
