@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llm.data.chat import Turn, opened
-from llm.generate import generate
+from llm.generate import generate, room_for_prompt
 from llm.generate.stream import Stream
 from llm.model import Transformer
 from llm.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def talk(
     """
     first = [] if system is None else [Turn("system", system)]
     turns = list(first)
-    room = model.config.max_length - max_new_tokens
+    room = room_for_prompt(model.config.max_length, max_new_tokens)
     for line in said:
         turns.append(Turn("user", line))
         ids = opened(turns, tokenizer)
@@ -43,7 +43,7 @@ def talk(
             del turns[len(first)]
             ids = opened(turns, tokenizer)
         stream = Stream(tokenizer, write)
-        tokens = torch.tensor([ids[-max(1, room) :]], device=model.embed.weight.device)
+        tokens = torch.tensor([ids[-room:]], device=model.embed.weight.device)
         generate(model, tokens, max_new_tokens, eos_id=tokenizer.eot_id, agree=stream, **drawing)
         write("\n")
         turns.append(Turn("assistant", stream.text.strip()))

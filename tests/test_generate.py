@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.generate import choose, continue_text, generate
+from llm.generate import answer, choose, continue_text, generate, room_for_prompt
 from llm.model import Transformer, TransformerConfig
 from llm.tokenizer import Bytes
 
@@ -232,3 +232,20 @@ def test_continue_text_is_the_prompt_and_what_generate_adds() -> None:
     assert text == tokenizer.decode(generate(model, prompt, 5, temperature=0)[0, 1:].tolist())
     assert text.startswith("abc")
     assert continue_text(model, tokenizer, "x" * 100, 5, temperature=0).startswith("x" * 23)
+
+
+@pytest.mark.parametrize(("max_new", "room"), [(5, 19), (8, 18), (128, 18)])
+def test_an_answer_takes_no_more_than_a_quarter_of_the_context_from_its_prompt(
+    max_new: int, room: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is asked for may be longer than the context: the prompt is read all the same."""
+    torch.manual_seed(0)
+    tokenizer = Bytes().build([])
+    config = TransformerConfig(dim=32, n_layers=1, n_heads=2, vocab_size=tokenizer.vocab_size, max_length=24)
+    model = Transformer(config)
+    assert room_for_prompt(24, max_new) == room
+    prompts = [tokenizer.encode("a" * room), tokenizer.encode("b" + "a" * room)]
+    expected = generate(model, torch.tensor(prompts[:1]), max_new, temperature=0, eos_id=tokenizer.eot_id)[0, room:]
+    found = answer(model, tokenizer, prompts, max_new)
+    assert found == [tokenizer.decode(expected.tolist(), skip_special=True)] * 2
+    assert f"1 of 2 inputs are cut to {room} tokens" in caplog.text

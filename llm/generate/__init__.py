@@ -1,6 +1,6 @@
 """What a model writes: continuations, answers, filled masks and filled spans."""
 
-from llm.generate.answer import answer, until
+from llm.generate.answer import answer, room_for_prompt, until
 from llm.generate.beam import beam_search
 from llm.generate.decode import choose, generate
 from llm.generate.fill import Candidate, fill_mask, fill_spans
@@ -16,5 +16,6 @@ __all__ = [
     "fill_mask",
     "fill_spans",
     "generate",
+    "room_for_prompt",
     "until",
 ]
