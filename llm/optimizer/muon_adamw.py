@@ -16,7 +16,8 @@ from llm.optimizer.muon import Muon
 
 
 class MuonAdamW(Optimizer):
-    """Each parameter group carries `algorithm`, "muon" or "adamw", and is stepped by the optimizer of that name.
+    """Each parameter group carries `algorithm`, "muon" or "adamw", and is stepped by the optimizer of that name, which
+    there is where it has something to step: an adapter's matrices are all Muon's.
 
     The two inner optimizers own nothing: they look at this object's groups and state, so `state_dict` is the usual one.
     """
@@ -34,14 +35,16 @@ class MuonAdamW(Optimizer):
         matrices = hidden_matrices(model)
         taken = {id(p) for p in matrices}
         hidden = at_their_rates(model, [{"params": matrices, "weight_decay": weight_decay}], lr, muon_factor)
-        muon = Muon(hidden, lr=lr, weight_decay=weight_decay, momentum=momentum)
         rest = [
             {**group, "params": [p for p in group["params"] if id(p) not in taken]}
             for group in decay_groups(model, weight_decay)
         ]
         rest = at_their_rates(model, rest, lr, adamw_factor)
-        adamw = FusedAdamW(rest, lr=lr, betas=betas, eps=eps)
-        self.inner: dict[str, Optimizer] = {"muon": muon, "adamw": adamw}
+        self.inner: dict[str, Optimizer] = {}
+        if hidden:
+            self.inner["muon"] = Muon(hidden, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        if rest:
+            self.inner["adamw"] = FusedAdamW(rest, lr=lr, betas=betas, eps=eps)
         groups = [
             {"algorithm": name, **group} for name, optimizer in self.inner.items() for group in optimizer.param_groups
         ]
