@@ -21,6 +21,7 @@ class Single(Hooked, Whole, Stored, SingleDeviceStrategy):
 
     Args:
         accelerator: the trainer's; "auto" has become one of the two by the time this is built.
+        devices: the trainer's, of which a list names the GPU to take.
         checkpointing: what of a block's forward is computed again in the backward: none, full (everything) or
             selective (all but matrix products and attention).
         compile: with torch.compile each block, or the whole network, and the loss; auto: see llm.strategy.compiling.
@@ -32,12 +33,14 @@ class Single(Hooked, Whole, Stored, SingleDeviceStrategy):
     def __init__(
         self,
         accelerator: Literal["auto", "cpu", "gpu", "cuda"],
+        devices: int | str | list[int] = "auto",
         checkpointing: Checkpointing = "none",
         compile: Compile = "none",
         attention: AttentionKernel = "auto",
         float8: bool = False,
     ) -> None:
-        super().__init__(device="cpu" if accelerator == "cpu" else "cuda:0")
+        number = devices[0] if isinstance(devices, list) else 0
+        super().__init__(device="cpu" if accelerator == "cpu" else f"cuda:{number}")
         self.checkpointing = checkpointing
         self.compile = compile
         self.attention = attention

@@ -8,7 +8,7 @@ import pytest
 
 from llm.config import ConfigError
 from llm.launch import Place
-from llm.strategy import interface
+from llm.strategy import Single, interface
 from llm.strategy.rendezvous import Rendezvous
 
 
@@ -54,3 +54,9 @@ def test_none_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_loopback_is_no_way_to_others() -> None:
     assert interface._towards("127.0.0.1") is None
     assert interface._towards("no.such.host.invalid") is None
+
+
+@pytest.mark.parametrize(("devices", "taken"), [("auto", "cuda:0"), (1, "cuda:0"), ([1], "cuda:1")])
+def test_one_process_takes_the_gpu_that_a_list_names(devices: str | int | list[int], taken: str) -> None:
+    assert str(Single("gpu", devices).root_device) == taken
+    assert str(Single("cpu", devices).root_device) == "cpu"
