@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import lightning as L
 from annotated_types import Ge, Gt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from llm.checkpoint import step_name, steps
@@ -85,16 +86,40 @@ class Checkpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save on every N-th step, then drop what that has made superfluous."""
+        """Save on every N-th step, then drop what that has made superfluous. The newest is saved, be it among the best
+        or not, and be it known or not: what is monitored may be measured later than the first save is due."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if trainer.global_step % self._every_n_train_steps == 0:
+            if self._last_global_step_saved != trainer.global_step and not self._saved_by_validation(trainer):
+                self._defer_save_until_validation = False
+                trainer.save_checkpoint(_folder(trainer) / step_name(trainer.global_step))
             self._prune(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Whether what is monitored is measured.
+
+        Raises:
+            MisconfigurationException: naming what is.
+        """
+        measured = sorted(trainer.callback_metrics)
+        if not trainer.sanity_checking and self.monitor not in ("step", *measured):
+            raise MisconfigurationException(
+                f"callback.checkpoint.monitor: {self.monitor} - is not measured - take step or one of "
+                f"{', '.join(measured)}"
+            )
+        super().on_validation_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The end of the run: save before the callbacks that sum it up, any of which may fail."""
         super().on_train_epoch_end(trainer, pl_module)
         save_step(trainer)  # waits for what a thread still writes, too
         self._prune(trainer)
+
+    def _saved_by_validation(self, trainer: L.Trainer) -> bool:
+        """Whether what is monitored is first measured now, behind this step, and the save waits for that."""
+        interval = trainer.val_check_batch
+        now = trainer.enable_validation and isinstance(interval, int) and trainer.global_step % interval == 0
+        return self._defer_save_until_validation and now
 
     def _share(self, trainer: L.Trainer) -> dict[str, int]:
         return trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}

@@ -15,6 +15,7 @@ from llm.callback.plot import plot_run
 from llm.callback.record import Record, Row
 from llm.callback.summary import _print as print_summary
 from llm.checkpoint import newest
+from llm.config import ConfigError
 from llm.console import speak
 from llm.guard import DivergedError
 from llm.run import run
@@ -265,3 +266,15 @@ def test_wandb_mode_disabled_leaves_no_wandb_run(
     run(compose_run("logger=default", "trainer.max_steps=3"))
     assert not (tmp_path / "run" / "wandb").exists()
     assert (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_what_is_monitored_is_measured(compose_run: Compose, tmp_path: Path) -> None:
+    """Until it is the newest step is saved all the same; what never will be is said at the first validation."""
+    monitor = ["callback.checkpoint.mode=min", "callback.checkpoint.every_n_train_steps=2"]
+    with pytest.raises(ConfigError, match=r"callback\.checkpoint\.monitor: val/los - is not measured .*val/loss"):
+        run(compose_run(*monitor, "callback.checkpoint.monitor=val/los", "trainer.val_check_interval=5"))
+    names = lambda: sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())  # noqa: E731
+    assert names() == ["step-00000004"]
+    unmeasured = ["callback.checkpoint.monitor=val/loss", "data.val_every=null", f"run_dir={tmp_path / 'blind'}"]
+    run(compose_run(*monitor, *unmeasured, "trainer.max_steps=5"))
+    assert [path.name for path in (tmp_path / "blind" / "checkpoints").iterdir()] == ["step-00000005"]
