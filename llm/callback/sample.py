@@ -23,7 +23,8 @@ class Sample(Callback):
     """Complete a few prompts after every validation and at the end, into `RUN/samples.txt` and the loggers.
 
     A decoder continues them. An encoder fills their masks, written as the tokenizer names them ([MASK]); without one it
-    is asked for the next word. An encoder-decoder fills their spans (<extra_id_0>), or answers a prompt without any.
+    is asked for the next word. An encoder-decoder fills their spans (<extra_id_0>), or answers a prompt without any. A
+    model that chooses from labels writes nothing.
 
     Draws from a generator of its own, seeded by the step: the run's generators, and so its losses, are not touched.
 
@@ -86,6 +87,8 @@ class Sample(Callback):
     def _write_samples(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Objective)
         self._sampled_step = trainer.global_step
+        if pl_module.answers not in ("vocabulary", "preference"):
+            return
         self.texts = self._complete_prompts(trainer, pl_module)  # by every process: each may hold a part of the weights
         if not trainer.is_global_zero:
             return
