@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from llm.config import ConfigError, check
 from llm.data import Classify, DataError, ExtractSpan, Supervised, Tag, TextData, WriteCode
 from llm.data.example import IGNORED, Fields
 from llm.data.likelihood import Likelihoods, Perplexity
-from llm.data.supervised import BadRowError, Read
+from llm.data.supervised import Read, examples
 from llm.generate import answer
 from llm.generate.classify import extract, label_scores
 from llm.generate.score import likelihoods
@@ -124,21 +125,11 @@ def evaluate(
 
 def _read(data: TextData, task: Supervised, found: Evaluation, limit: int | None, *, everything: bool) -> list[Read]:
     """What the task makes of each row; what is no example is counted, or refused."""
-    reads: list[Read] = []
-    for row, where in data.held_out(everything=everything):
-        if limit is not None and len(reads) >= limit:
-            break
-        try:
-            reads.append(task.read(row, where))
-        except BadRowError as error:
-            if task.bad_rows == "refuse":
-                raise
-            found.skipped[error.rule] += 1
-            continue
-        found.rows.append({"id": where})
-    if not reads:
+    kept = list(islice(examples(task, data.held_out(everything=everything), found.skipped), limit))
+    if not kept:
         raise DataError(f"nothing to evaluate on: no row is an example of data.tasks.{', '.join(data.tasks)}")
-    return reads
+    found.rows += [{"id": where} for _, where in kept]
+    return [read for read, _ in kept]
 
 
 def task_from(folder: Path, name: str) -> dict[str, Any]:

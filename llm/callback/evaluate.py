@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 from typing import Annotated, Any
 
 import lightning as L
 from annotated_types import Ge, Gt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 
 from llm.data import Supervised
-from llm.data.supervised import Read
+from llm.data.supervised import Read, examples
 from llm.generate import answer
 from llm.generate.decode import as_chosen
 from llm.metric import METRICS
@@ -27,7 +29,7 @@ class Evaluate(Callback):
 
     Args:
         metrics: names in llm.metric.METRICS.
-        n_rows: the first held-out rows; null: all.
+        n_rows: the first held-out examples; null: all.
         max_new_tokens: of an answer.
         n_beams: more than 1 search for the likeliest answer.
         batch_size: rows answered at once, by each process.
@@ -52,11 +54,11 @@ class Evaluate(Callback):
         self._reads: list[Read] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Which task it is. Raises ValueError for one whose answers are not written."""
+        """Which task it is. Raises MisconfigurationException for one whose answers are not written."""
         tasks = trainer.datamodule.tasks  # type: ignore[attr-defined]
         written = [task for task in tasks.values() if isinstance(task, Supervised) and task.answers == "vocabulary"]
         if len(tasks) != 1 or not written:
-            raise ValueError(
+            raise MisconfigurationException(
                 f"callback.evaluate: scores written answers, of one task; data.tasks has {', '.join(tasks)} - "
                 "remove it with ~callback.evaluate"
             )
@@ -69,7 +71,8 @@ class Evaluate(Callback):
         assert isinstance(pl_module, Objective)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._reads is None:
-            self._reads = [self._task.read(row, where) for row, where in islice(data.held_out(), self.n_rows)]
+            kept = islice(examples(self._task, data.held_out(), Counter()), self.n_rows)
+            self._reads = [read for read, _ in kept]
         texts = self._answers(trainer, pl_module, data.tokenizer)
         references = [self._task.references(read) for read in self._reads]
         scores = [METRICS[name](texts, references, 0) for name in self.metrics]

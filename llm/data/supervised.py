@@ -8,7 +8,8 @@ llm/data/writing.py and llm/data/labelling.py.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -96,3 +97,18 @@ class Supervised(Task):
 
     def cost(self, lengths: np.ndarray, widths: Widths) -> np.ndarray:
         return lengths
+
+
+def examples(task: Supervised, rows: Iterable[tuple[Row, str]], skipped: Counter[str]) -> Iterator[tuple[Read, str]]:
+    """What the task makes of each row, and where that is; rows that are no examples are counted by their rule.
+
+    Raises:
+        BadRowError: for the first of those, with bad_rows=refuse.
+    """
+    for row, where in rows:
+        try:
+            yield task.read(row, where), where
+        except BadRowError as error:
+            if task.bad_rows == "refuse":
+                raise
+            skipped[error.rule] += 1

@@ -43,7 +43,11 @@ def scored(run_dir: Path) -> dict[str, float]:
 
 
 def test_scores_are_those_of_the_command(compose_run: Compose, tmp_path: Path, pairs: Path) -> None:
-    outcome = run(compose_run(*settings(pairs)))
+    """Rows that are no examples are left out of both, where the task says so."""
+    texts = pairs.read_text().splitlines()
+    texts[7] = json.dumps({"low": "red", "high": ""})  # held out
+    pairs.write_text("\n".join(texts))
+    outcome = run(compose_run(*settings(pairs), "data.tasks.text_to_text.bad_rows=skip"))
     found = evaluate(
         tmp_path / "run", metrics=["chrf", "distinct"], decoding=Decoding(max_new_tokens=12, batch_size=32), limit=9
     )
@@ -66,5 +70,5 @@ def test_what_cannot_be_scored_says_why(compose_run: Compose) -> None:
     node = "+callback.evaluate._target_=llm.callback.Evaluate"
     with pytest.raises(ConfigError, match=r"callback\.evaluate\.metrics=\['blue'\]: must be some of bleu"):
         run(compose_run(node, "+callback.evaluate.metrics=[blue]"))
-    with pytest.raises(ValueError, match=r"scores written answers, of one task; data\.tasks has causal"):
+    with pytest.raises(ConfigError, match=r"scores written answers, of one task; data\.tasks has causal"):
         run(compose_run(node, "+callback.evaluate.metrics=[bleu]"))
