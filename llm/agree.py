@@ -11,7 +11,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from llm.checkpoint import configuration_at, disagreements, newest, read_state, tokenizer_at
+from llm.checkpoint import configuration_at, disagreements, newest, read_state, tokenizer_at, weights_at
 from llm.config import ConfigError
 from llm.data import TextData
 from llm.launch import Place
@@ -20,6 +20,7 @@ from llm.tokenizer import Tokenizer
 
 # What of a model may change in the middle of a run: everything else is in the shape or the meaning of its weights.
 _FREE = {"dropout", "initialisation"}
+_OF_ADAPTER = ("r", "alpha", "layers")
 
 
 class Strategy(Protocol):
@@ -67,10 +68,10 @@ def agree(
         )
     if cfg.stage == "validate" and cfg.resume == "never":
         mistakes.append("resume: never - stage=validate needs weights - set resume to a run or step directory")
-    mistakes += _adapter(cfg)
+    mistakes += [*_adapter(cfg), *_preference(cfg, data)]
     if mistakes:
         raise ConfigError(mistakes)
-    if cfg.init_from is not None:
+    if cfg.init_from is not None and own_checkpoint(cfg) is None:
         weights = configuration_at(cfg.init_from)
         # Whether a head of its own is among a folder's weights is only known when they are read.
         weights = None if weights is None else replace(weights, tie_embeddings=True)
@@ -101,40 +102,99 @@ def agree_with_checkpoint(cfg: DictConfig, data: TextData, checkpoint: Path) -> 
     """Whether the run that `checkpoint` was taken from is the one that `cfg` describes; before anything is written.
 
     Raises:
-        ConfigError: with one line for each key of the model, objective or optimizer that is another one.
+        ConfigError: with one line for each key of the model, adapter, objective or optimizer that is another one, and
+            for weights alone, which no run can go on from.
         DataError: if batch N would not hold the same tokens as before.
     """
-    saved = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    saved, state = _settings_of(checkpoint), read_state(checkpoint).get(type(data).__qualname__)
+    if "objective" not in saved or state is None:
+        raise ConfigError(
+            [f"resume: {checkpoint} - holds weights and no run - start one from them with init_from={checkpoint}"]
+        )
     now: Any = OmegaConf.to_container(cfg, resolve=True)
-    was, model = (node_of(config_from(settings["model"])) for settings in (saved, now))  # with what was left out
-    pairs = [(f"model.{key}", was[key], model[key]) for key in model]
-    pairs += [
-        (f"{group}._target_", saved[group]["_target_"], now[group]["_target_"]) for group in ("objective", "optimizer")
-    ]
-    mistakes = [
-        f"{key}: {new} - {checkpoint} has {old} - restore it, or start another run from these weights with init_from="
-        for key, old, new in pairs
-        if new != old and key.partition(".")[2] not in _FREE
-    ]
-    if mistakes:
-        raise ConfigError(mistakes)
-    data.check_resume(read_state(checkpoint)[type(data).__qualname__])
+    kinds = [(f"{group}._target_", saved[group], now[group]) for group in ("objective", "optimizer")]
+    pairs = [(key, old["_target_"], new["_target_"]) for key, old, new in kinds]
+    remedy = "restore it, or start another run from these weights with init_from="
+    _same(checkpoint, [*_network(saved, now), *pairs], remedy)
+    data.check_resume(state)
 
 
-def agree_with_weights(data: TextData, init_from: str) -> None:
+def agree_with_network(cfg: DictConfig, data: TextData, checkpoint: Path) -> None:
+    """Whether the network and the tokenizer that `cfg` describes are those of `checkpoint`, whose weights are to be
+    validated.
+
+    Raises:
+        ConfigError: with one line for each key that is another one.
+    """
+    pairs = _network(_settings_of(checkpoint), OmegaConf.to_container(cfg, resolve=True))
+    _same(checkpoint, pairs, "restore it: the weights are of that network")
+    agree_with_weights(data, str(checkpoint), "resume")
+
+
+def began_with(cfg: DictConfig, checkpoint: Path | None) -> str | None:
+    """Where the weights of step 0 lie: the step directory or folder that `init_from` means, or, of a run that goes on
+    from `checkpoint`, meant when it began. A run that was named may have gone on since.
+
+    Raises:
+        ConfigError: if what a preference is measured against was another one.
+        CheckpointError: if a run that begins finds no weights there.
+    """
+    if cfg.init_from is None:
+        return None
+    if checkpoint is None:
+        return str(weights_at(cfg.init_from).resolve())
+    began = _settings_of(checkpoint).get("init_from")
+    if began is None:
+        return str(cfg.init_from)
+    named = Path(cfg.init_from).resolve()
+    if cfg.adapter is None and "Preference" in cfg.objective._target_ and not Path(began).is_relative_to(named):
+        raise ConfigError(
+            [
+                f"init_from: {cfg.init_from} - the run of {checkpoint} is measured against {began} - set it to that, "
+                "or start another run"
+            ]
+        )
+    return str(began)
+
+
+def own_checkpoint(cfg: DictConfig) -> Path | None:
+    """The newest of the run itself, which goes on from there: where its weights came from does not matter any more."""
+    return None if cfg.resume == "never" else newest(cfg.run_dir)
+
+
+def agree_with_weights(data: TextData, weights: str, key: str = "init_from") -> None:
     """Whether the tokens of the data are those that the weights were trained on, where those came with a tokenizer.
 
     Raises:
         ConfigError: if the tokenizers differ: the shapes may fit, the meaning of the embeddings does not.
     """
-    folder = tokenizer_at(init_from)
+    folder = tokenizer_at(weights)
     if folder is not None and Tokenizer.load(folder).fingerprint != data.tokenizer.fingerprint:
         raise ConfigError(
             [
-                f"init_from: {init_from} - its tokenizer is not that of the data - "
+                f"{key}: {weights} - its tokenizer is not that of the data - "
                 f"write tokenizer=pretrained tokenizer.path={folder}"
             ]
         )
+
+
+def _settings_of(checkpoint: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    return settings
+
+
+def _network(saved: dict[str, Any], now: Any) -> list[tuple[str, Any, Any]]:
+    """Key, what it was and what it is, of all that gives weights their meaning."""
+    was, model = (node_of(config_from(settings["model"])) for settings in (saved, now))  # with what was left out
+    adapters = [settings.get("adapter") or {} for settings in (saved, now)]
+    pairs = [(f"model.{key}", was[key], model[key]) for key in model if key not in _FREE]
+    return pairs + [(f"adapter.{key}", *(adapter.get(key) for adapter in adapters)) for key in _OF_ADAPTER]
+
+
+def _same(checkpoint: Path, pairs: list[tuple[str, Any, Any]], remedy: str) -> None:
+    mistakes = [f"{key}: {new} - {checkpoint} has {old} - {remedy}" for key, old, new in pairs if new != old]
+    if mistakes:
+        raise ConfigError(mistakes)
 
 
 def vocab_size(data: TextData) -> int:
@@ -204,6 +264,21 @@ def _adapter(cfg: DictConfig) -> list[str]:
         )
     if cfg.strategy.get("tensor_parallel_size", 1) > 1:
         mistakes.append("adapter: beside strategy.tensor_parallel_size - its layers cannot be split yet - set it to 1")
+    return mistakes
+
+
+def _preference(cfg: DictConfig, data: TextData) -> list[str]:
+    """Whether there is something to prefer over, and whether the answers of a row can be told apart."""
+    if data.answers != "preference":
+        return []
+    mistakes = []
+    if cfg.init_from is None:
+        mistakes.append(
+            "init_from: null - a preference is measured against the weights that training starts from - "
+            "set it to a folder or a run"
+        )
+    if not data.tells_documents:
+        mistakes.append("data.document_mask: false - pairs of answers are told apart by it - set it to true")
     return mistakes
 
 

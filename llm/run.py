@@ -20,7 +20,17 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from llm import attempts, signals
-from llm.agree import agree, agree_with_checkpoint, agree_with_first, agree_with_weights, label_of, vocab_size
+from llm.agree import (
+    agree,
+    agree_with_checkpoint,
+    agree_with_first,
+    agree_with_network,
+    agree_with_weights,
+    began_with,
+    label_of,
+    own_checkpoint,
+    vocab_size,
+)
 from llm.build import build, built
 from llm.callback import Preempt, tell
 from llm.checkpoint import (
@@ -100,7 +110,7 @@ def settled(cfg: DictConfig) -> tuple[TextData, type]:
     data: TextData = built(cfg.data)
     model = built(cfg.model)
     if isinstance(model, Pretrained):
-        cfg.model = _model_of_weights(model, cfg.init_from, data)
+        cfg.model = _model_of_weights(model, own_checkpoint(cfg) or cfg.init_from, data)
     cfg.model.vocab_size = cfg.model.vocab_size or vocab_size(data)
     if cfg.model.get("n_labels") is None and data.n_labels is not None:
         OmegaConf.update(cfg, "model.n_labels", data.n_labels, force_add=True)
@@ -174,7 +184,7 @@ def claim(run_dir: Path, resume: str, lock: Lock) -> str | None:
     return None if checkpoint is None else str(checkpoint)
 
 
-def _model_of_weights(model: Pretrained, init_from: str | None, data: TextData) -> dict[str, Any]:
+def _model_of_weights(model: Pretrained, init_from: str | Path | None, data: TextData) -> dict[str, Any]:
     """The node of the model whose weights `init_from` names."""
     if init_from is None:
         raise ConfigError(["model: pretrained - is that of the weights to start from - set init_from=FOLDER or RUN"])
@@ -216,6 +226,8 @@ def _trained(cfg: DictConfig, data: TextData, together: Rendezvous, found: str |
         data.prepare()  # which finds what was made
         _set_length(cfg, data)
         step = together.share("start", lambda: _start(cfg, data, found, world_size))
+        began = together.share("weights", lambda: began_with(cfg, None if found is None else Path(found)))
+        cfg.init_from = began
     if step is not None:
         _log.info("%s: finished already, at step %d; a larger trainer.max_steps continues it", run_dir, step)
         return Outcome(run_dir, step, {})
@@ -256,7 +268,7 @@ def _attempt(
     _continue_wandb(trainer, run_dir)
     assert isinstance(trainer.strategy, Stored), "every strategy of ours saves through our store"
     trainer.strategy.attachments = _write_inputs(cfg, run_dir, data)
-    trainer.strategy.lock = lock
+    trainer.strategy.lock, objective.continues = lock, found is not None
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     world_size = together.here.world_size
     _log.info(
@@ -348,6 +360,7 @@ def _validate(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
     checkpoint = together.share("checkpoint", lambda: str(find(cfg.resume if given else cfg.run_dir)))
     together.once_per_node("data", data.prepare)
     data.prepare()
+    agree_with_network(cfg, data, Path(checkpoint))
     cfg.trainer.max_steps = cfg.trainer.max_steps or 1  # not trained, so of no consequence
     quiet = cfg.copy()
     quiet.callback, quiet.logger = {}, {}

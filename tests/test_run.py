@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llm.checkpoint import CheckpointError, newest
+from llm.checkpoint import CheckpointError, average, newest
 from llm.config import ConfigError
 from llm.data import DataError
 from llm.exit import RunExistsError
 from llm.lock import Lock
 from llm.run import Outcome, claim, run
-from tests.runs import Compose, composed, run_composed
+from tests.runs import TINY, Compose, composed, run_composed
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ("experiment=smoke", "logger=none", "trainer.accelerator=cpu", "trainer.precision=32-true")
@@ -165,6 +165,32 @@ def test_validate_only(compose_run: Compose, tmp_path: Path, trained: Outcome) -
     assert sorted(trained.run_dir.rglob("*")) == files
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         run(compose_run("stage=validate", f"run_dir={tmp_path / 'none'}"))
+    other = ["model.activation=gelu", "model.dim=64"]
+    with pytest.raises(ConfigError, match=r"model\.dim: 64 - .*step-00000006 has 32 - restore it") as told:
+        run(compose_run("stage=validate", f"run_dir={trained.run_dir}", *other))
+    assert "model.activation: gelu" in str(told.value)
+    with pytest.raises(ConfigError, match=r"resume: .*step-00000006 - its tokenizer is not that of the data"):
+        run(compose_run("stage=validate", f"run_dir={trained.run_dir}", "tokenizer=bpe", "tokenizer.vocab_size=257"))
+
+
+def test_weights_alone_are_no_run_to_go_on_from(compose_run: Compose, tmp_path: Path, trained: Outcome) -> None:
+    average(trained.run_dir, tmp_path / "mean", 1)
+    with pytest.raises(ConfigError, match=r"holds weights and no run - start one from them with init_from="):
+        run(compose_run(f"resume={tmp_path / 'mean'}", "trainer.max_steps=8"))
+
+
+def test_a_run_needs_the_weights_that_it_began_with_no_more(
+    compose_run: Compose, tmp_path: Path, trained: Outcome
+) -> None:
+    base = shutil.copytree(trained.run_dir, tmp_path / "base")
+    own = [word for word in TINY if not word.startswith("model.")]
+    cfg = compose_run(f"init_from={base}")
+    start = [f"{key}={cfg[key]}" for key in ("init_from", "run_dir")]
+    start += [f"data.{key}={cfg.data[key]}" for key in ("path", "cache_dir")]
+    start += ["model=pretrained", "schedule=constant"]
+    run(composed([*start, "trainer.max_steps=3"], own))
+    shutil.rmtree(base)
+    assert run(composed(start, own)).step == 6
 
 
 def everything_below(folder: Path) -> dict[Path, bytes]:

@@ -78,6 +78,7 @@ class Objective(L.LightningModule):
         self.schedule = schedule
         self.guard = guard or Stop()
         self.init_from = init_from
+        self.continues = False  # the run says whether Lightning is about to restore a checkpoint
         self.logits_at_once = logits_at_once
         self.adapter = adapter
         self.model: Transformer | None = None
@@ -127,26 +128,31 @@ class Objective(L.LightningModule):
             return of_rows(self.nats(hidden.flatten(0, 1), labels.flatten()), labels)
         return Loss(self.nats(hidden.flatten(0, 1), labels.flatten(), "sum"))
 
-    def nats(self, hidden: Tensor, labels: Tensor, reduction: Reduction = "none") -> Tensor:
-        """-log p(label) of each position, 0 where nothing is predicted, or their sum: hidden [N, D], labels [N].
+    def nats(
+        self, hidden: Tensor, labels: Tensor, reduction: Reduction = "none", network: Transformer | None = None
+    ) -> Tensor:
+        """-log p(label) of each position, 0 where nothing is predicted, or their sum: hidden [N, D], labels [N]; by the
+        head of the objective's network or of another one.
 
         Scores are the largest tensors of a step: as wide as the vocabulary, and kept for the backward several times
         over. With `logits_at_once` there are only so many, and the backward computes them again.
         """
+        network = network or self.network
         if self.logits_at_once is None:
-            return self._nats(hidden, labels, reduction)
+            return self._nats(network, hidden, labels, reduction)
         parts = zip(hidden.split(self.logits_at_once), labels.split(self.logits_at_once), strict=True)
         # Nothing is drawn in there: the generators' state need not be kept.
         found = [
-            checkpoint(self._nats, *part, reduction, use_reentrant=False, preserve_rng_state=False) for part in parts
+            checkpoint(self._nats, network, *part, reduction, use_reentrant=False, preserve_rng_state=False)
+            for part in parts
         ]
         return torch.cat(found) if reduction == "none" else torch.stack(found).sum()
 
-    def _nats(self, hidden: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
+    def _nats(self, network: Transformer, hidden: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
         smoothing = self.label_smoothing if self.training else 0.0
-        logits, n_tokens = self.network.logits(hidden, padded=True), self.network.config.vocab_size
+        logits, n_tokens = network.logits(hidden, padded=True), network.config.vocab_size
         assert n_tokens is not None
-        if self.fused:
+        if self.fused and network is self.network:  # prepared by the strategy
             nats = fused.token_nats(logits, labels, n_tokens, smoothing)
             return nats if reduction == "none" else nats.sum()
         return token_nats(logits[:, :n_tokens], labels, reduction, smoothing)
@@ -182,8 +188,8 @@ class Objective(L.LightningModule):
         self.task_names = list(getattr(data, "task_names", ()))
 
     def on_fit_start(self) -> None:
-        """Start from other weights; Lightning restores a checkpoint after this hook, so resuming wins."""
-        if self.init_from is not None:
+        """Start from other weights."""
+        if self.init_from is not None and not self.continues:
             load_into(self.network, self.init_from)
 
     def on_train_start(self) -> None:

@@ -17,7 +17,7 @@ from llm.guard import Guard
 from llm.model import Transformer, TransformerConfig
 from llm.objective.base import Objective
 from llm.objective.given import Adapter, Batch, OptimizerRecipe
-from llm.objective.loss import IGNORED, Loss, n_labels, token_nats
+from llm.objective.loss import IGNORED, Loss, n_labels
 
 
 class Preference(Objective):
@@ -93,7 +93,7 @@ class Preference(Objective):
         with off:
             hidden = network(batch[f"{side}tokens"], documents=documents, positions=batch[f"{side}positions"])
             flat, wanted = hidden.flatten(0, 1), labels.flatten()
-            nats = self.nats(flat, wanted) if network is self.network else token_nats(network.logits(flat), wanted)
+            nats = self.nats(flat, wanted, network=network)
         n_pairs = batch["pairs"].shape[1]
         by_document = nats.new_zeros(len(labels), n_pairs + 1).scatter_add(1, documents, nats.view_as(labels))
         return -by_document[:, 1:]  # document 0 is padding
@@ -103,15 +103,18 @@ class Preference(Objective):
         """Without its adapter, and without dropout, for which there is no reason in a reference."""
         training = network.training
         network.eval()
-        with switched_off(network):
-            yield
-        network.train(training)
+        try:
+            with switched_off(network):
+                yield
+        finally:
+            network.train(training)
 
     def _keep_reference(self) -> None:
         if self.adapter is not None or self._reference:
             return
         assert self.init_from is not None
-        network = Transformer(self.model_config).to(self.device).requires_grad_(False).eval()
+        network = Transformer(self.model_config).requires_grad_(False).eval()
         load_into(network, self.init_from)
+        network.to(self.device, self.network.embed.weight.dtype)  # as exact as what it is compared with
         network.mask_way = self.network.mask_way
         self._reference = (network,)

@@ -259,8 +259,8 @@ class _Step:
         """What compiled code keeps for the backward, of what is kept without."""
         return _AsCompiled(self.meter, self.config, self.outputs).hooks() if self.compiled else nullcontext()
 
-    def _fused_nats(self, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
-        nats: Tensor = _FusedNats.apply(self.network.logits(hidden, padded=True))
+    def _fused_nats(self, network: Transformer, hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        nats: Tensor = _FusedNats.apply(network.logits(hidden, padded=True))
         return nats if reduction == "none" else nats.sum()
 
 

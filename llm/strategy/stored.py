@@ -118,10 +118,17 @@ class Stored:
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Read every weight into where it lies."""
         weights = self.lightning_module_state_dict()
-        saved = {name for name in stored_tensors(self._read_from) if not name.startswith(_OPTIMIZER)}
-        if saved != weights.keys():
-            lines = [f"  {name}: in the model, not in the checkpoint" for name in weights if name not in saved]
-            lines += [f"  {name}: in the checkpoint, not in the model" for name in sorted(saved - weights.keys())]
+        stored = stored_tensors(self._read_from)
+        saved = {name: whole.shape for name, whole in stored.items() if not name.startswith(_OPTIMIZER)}
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        if saved != shapes:
+            lines = [f"  {name}: in the model, not in the checkpoint" for name in shapes if name not in saved]
+            lines += [f"  {name}: in the checkpoint, not in the model" for name in sorted(saved.keys() - shapes.keys())]
+            lines += [
+                f"  {name}: {saved[name]} in the checkpoint, {shape} in the model"
+                for name, shape in shapes.items()
+                if saved.get(name, shape) != shape
+            ]
             raise CheckpointError(
                 f"{self._read_from}: is of another model - give the run that it was\n" + "\n".join(lines)
             )

@@ -94,7 +94,8 @@ def test_merged_apart_and_in_peft_it_is_the_same(compose_run: Compose, tmp_path:
 
 
 def test_an_interrupted_run_goes_on_as_it_was(compose_run: Compose, tmp_path: Path, base: Path) -> None:
-    run(compose_run(*ADAPTED, f"init_from={base}"))
+    """Under the default optimizer too, of which half has nothing to do."""
+    run(compose_run(*ADAPTED, f"init_from={base}", "optimizer=muon"))
     halves = [*ADAPTED, f"init_from={base}", f"run_dir={tmp_path / 'halves'}"]
     run(compose_run(*halves, "trainer.max_steps=3", "schedule=constant"))
     run(compose_run(*ADAPTED, "schedule=constant", f"init_from={base}", f"run_dir={tmp_path / 'one'}"))
@@ -120,6 +121,9 @@ def test_what_cannot_be_says_why(compose_run: Compose, tmp_path: Path, base: Pat
         run(compose_run("adapter=lora"))
     with pytest.raises(ConfigError, match=r"adapter.layers=.'nothing'.: must be some of query, key"):
         run(compose_run("adapter=lora", "adapter.layers=[nothing]", f"init_from={base}"))
+    run(compose_run(*ADAPTED, f"init_from={base}", "trainer.max_steps=3"))
+    with pytest.raises(ConfigError, match=r"adapter\.alpha: 64 - .*step-00000003 has 16\.0"):
+        run(compose_run(*ADAPTED, f"init_from={base}", "adapter.alpha=64"))
     with pytest.raises(CheckpointError, match="was trained without an adapter"):
         put_on(load(base)[0], base)
     with pytest.raises(CheckpointError, match="was trained without an adapter"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 
 from llm.build import built
 from llm.callback.record import Record
-from llm.checkpoint import load
+from llm.checkpoint import load, save
 from llm.config import ConfigError
+from llm.model import Transformer
 from llm.objective.loss import IGNORED
 from llm.run import run
 from tests.runs import Compose, run_composed, run_together, saved
@@ -118,12 +120,21 @@ def test_it_is_learnt(compose_run: Compose, tmp_path: Path, preferences: Path, b
 def test_an_interrupted_run_goes_on_as_it_was(
     compose_run: Compose, tmp_path: Path, preferences: Path, base: Path
 ) -> None:
-    settings = [*dpo(preferences, base), "schedule=constant", "trainer.val_check_interval=100"]
+    """It is measured against the weights that it began with, though the run that they are of has gone on."""
+    theirs = tmp_path / "base"
+    shutil.copytree(base, theirs)
+    settings = [*dpo(preferences, theirs), "schedule=constant", "trainer.val_check_interval=100"]
     run(compose_run(*settings))
     run(compose_run(*settings, f"run_dir={tmp_path / 'halves'}", "trainer.max_steps=3"))
+    later = theirs / "checkpoints" / "step-00000009"
+    weights = {name: weight + 1 for name, weight in saved(theirs)["state_dict"].items()}
+    save(later, {f"model.{name}": weight for name, weight in weights.items()}, {}, [theirs / "config.yaml"])
     run(compose_run(*settings, f"run_dir={tmp_path / 'halves'}"))
     one, two = (saved(tmp_path / name)["state_dict"] for name in ("run", "halves"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    other = [f"run_dir={tmp_path / 'halves'}", f"init_from={tmp_path / 'run'}", "trainer.max_steps=9"]
+    with pytest.raises(ConfigError, match=r"init_from: .*/run - the run of .* is measured against .*base/checkpoints"):
+        run(compose_run(*settings, *other))
 
 
 @pytest.mark.parametrize(
@@ -144,5 +155,24 @@ def test_two_processes_train_the_same(
 
 
 def test_it_wants_weights_to_start_from(compose_run: Compose, preferences: Path, base: Path) -> None:
-    with pytest.raises(ConfigError, match="init_from=null: a preference is measured against the weights"):
-        run(compose_run(*dpo(preferences, base), "init_from=null"))
+    with pytest.raises(ConfigError, match="init_from: null - a preference is measured against the weights") as told:
+        run(compose_run(*dpo(preferences, base), "init_from=null", "data.document_mask=false"))
+    assert "data.document_mask: false - pairs of answers are told apart by it" in str(told.value)
+
+
+def test_its_reference_is_as_exact_and_scored_in_parts(compose_run: Compose, preferences: Path, base: Path) -> None:
+    """At a rate of nothing no answer is preferred; with logits_at_once no more scores are there for the reference."""
+    still = ["optimizer.lr=1e-30", "trainer.precision=bf16-true", "objective.logits_at_once=16"]
+    cfg = compose_run(*dpo(preferences, base), *still, "trainer.max_steps=1", "schedule.warmup_steps=0")
+    seen: list[int] = []
+    real = Transformer.logits
+
+    def counted(self: Transformer, hidden: torch.Tensor, **options: bool) -> torch.Tensor:
+        seen.append(len(hidden))
+        return real(self, hidden, **options)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Transformer, "logits", counted)
+        outcome = run(cfg)
+    assert max(seen) == 16
+    assert outcome.metrics["val/margin"] == 0
