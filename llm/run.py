@@ -361,6 +361,7 @@ def _validate(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
     together.once_per_node("data", data.prepare)
     data.prepare()
     agree_with_network(cfg, data, Path(checkpoint))
+    cfg.init_from = began_with(cfg, Path(checkpoint))
     cfg.trainer.max_steps = cfg.trainer.max_steps or 1  # not trained, so of no consequence
     quiet = cfg.copy()
     quiet.callback, quiet.logger = {}, {}

@@ -63,7 +63,6 @@ def classifier(path: Path) -> list[str]:
         f"data.path={path}",
         "data.tasks.classification.labels=[colour,number,animal]",
         "data.val_every=5",
-        "callback.sample.prompts=[]",
         "model.dropout=0",
         "optimizer.lr=3e-3",
         "trainer.max_steps=40",
