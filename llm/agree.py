@@ -68,7 +68,7 @@ def agree(
         )
     if cfg.stage == "validate" and cfg.resume == "never":
         mistakes.append("resume: never - stage=validate needs weights - set resume to a run or step directory")
-    mistakes += [*_adapter(cfg), *_preference(cfg, data)]
+    mistakes += [*_adapter(cfg, model), *_preference(cfg, data)]
     if mistakes:
         raise ConfigError(mistakes)
     if cfg.init_from is not None and own_checkpoint(cfg) is None:
@@ -251,13 +251,15 @@ def _family(model: TransformerConfig, data: TextData, objective: type) -> list[s
     return mistakes
 
 
-def _adapter(cfg: DictConfig) -> list[str]:
+def _adapter(cfg: DictConfig, model: TransformerConfig) -> list[str]:
     """Whether there is something to adapt, and nothing else replaces the same layers."""
     if cfg.adapter is None:
         return []
     mistakes = []
     if cfg.init_from is None and cfg.resume not in ("must",):
         mistakes.append("adapter: changes weights that are there - init_from is null - set it to a folder or a run")
+    if "gate" in cfg.adapter.layers and not model.gated:
+        mistakes.append(f"adapter.layers: gate - model.activation={model.activation} has none - leave it out")
     if cfg.strategy.get("float8"):
         mistakes.append(
             "adapter: beside strategy.float8 - both replace linear layers - set one of them to null or false"

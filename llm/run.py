@@ -190,13 +190,12 @@ def _model_of_weights(model: Pretrained, init_from: str | Path | None, data: Tex
         raise ConfigError(["model: pretrained - is that of the weights to start from - set init_from=FOLDER or RUN"])
     weights = configuration_at(init_from)
     if weights is None:
-        raise ConfigError(
-            [
-                f"model: pretrained - {init_from} does not say its model - python -m llm import {init_from} OUT, then "
-                "init_from=OUT"
-            ]
-        )
-    return node_of(model.of(weights, data.n_labels, label_of(data)))
+        remedy = f"python -m llm import {init_from} OUT, then init_from=OUT"
+        raise ConfigError([f"model: pretrained - {init_from} does not say its model - {remedy}"])
+    try:
+        return node_of(model.of(weights, data.n_labels, label_of(data)))
+    except ValueError as error:
+        raise ConfigError([f"model: pretrained - {init_from} is a model.family={weights.family} - {error}"]) from error
 
 
 def _set_length(cfg: DictConfig, data: TextData) -> None:

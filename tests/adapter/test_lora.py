@@ -119,6 +119,8 @@ def test_two_processes_train_the_same(
 def test_what_cannot_be_says_why(compose_run: Compose, tmp_path: Path, base: Path) -> None:
     with pytest.raises(ConfigError, match="adapter: changes weights that are there - init_from is null"):
         run(compose_run("adapter=lora"))
+    with pytest.raises(ConfigError, match=r"adapter\.layers: gate - model\.activation=gelu has none - leave it out"):
+        run(compose_run("adapter=lora", "model.activation=gelu", "adapter.layers=[gate,query]", f"init_from={base}"))
     with pytest.raises(ConfigError, match=r"adapter.layers=.'nothing'.: must be some of query, key"):
         run(compose_run("adapter=lora", "adapter.layers=[nothing]", f"init_from={base}"))
     run(compose_run(*ADAPTED, f"init_from={base}", "trainer.max_steps=3"))
