@@ -186,9 +186,9 @@ def _settings_of(checkpoint: Path) -> dict[str, Any]:
 def _network(saved: dict[str, Any], now: Any) -> list[tuple[str, Any, Any]]:
     """Key, what it was and what it is, of all that gives weights their meaning."""
     was, model = (node_of(config_from(settings["model"])) for settings in (saved, now))  # with what was left out
-    adapters = [settings.get("adapter") or {} for settings in (saved, now)]
+    old, new = (settings.get("adapter") or {} for settings in (saved, now))
     pairs = [(f"model.{key}", was[key], model[key]) for key in model if key not in _FREE]
-    return pairs + [(f"adapter.{key}", *(adapter.get(key) for adapter in adapters)) for key in _OF_ADAPTER]
+    return pairs + [(f"adapter.{key}", old.get(key), new.get(key)) for key in _OF_ADAPTER]
 
 
 def _same(checkpoint: Path, pairs: list[tuple[str, Any, Any]], remedy: str) -> None:
