@@ -146,7 +146,8 @@ def as_transformers_sees_it(tmp_path: Path) -> None:
 
 
 def test_a_pretrained_encoder_becomes_a_classifier(compose_run: Compose, tmp_path: Path, labelled: Path) -> None:
-    """Of our own run: the body is taken, the head starts anew; and back out to transformers, with the same scores."""
+    """Of our own run: the body is taken, the head starts anew; and back out to transformers, with the same scores. Of
+    the classifier a classifier of other labels."""
     bert = [
         *("model=bert_base", "model.dim=32", "model.n_layers=2", "model.n_heads=2", "model.ffn_dim=64"),
         *("model.max_length=32", "model.vocab_size=120", "model.next_sentence=false", "model.dropout=0.1"),
@@ -172,6 +173,13 @@ def test_a_pretrained_encoder_becomes_a_classifier(compose_run: Compose, tmp_pat
     with torch.no_grad():
         mine = model.label_logits(model(ids)[:, 0])
         torch.testing.assert_close(mine, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    again = [f"init_from={tmp_path / 'run'}", f"run_dir={tmp_path / 'again'}", "optimizer.lr=1e-30"]
+    cfg = compose_run(*tuned, *words[:2], *again, "data.tasks.classification.labels=[number,colour,animal]")
+    cfg.model = PRETRAINED
+    run(cfg)
+    before, after = (read_tensors(find(tmp_path / name), "model.") for name in ("run", "again"))
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"model.classifier.weight", "model.classifier.bias"}
 
 
 def test_a_translation_is_learnt_and_scored(compose_run: Compose, tmp_path: Path, pairs: Path) -> None:

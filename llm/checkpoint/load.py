@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def stored(step: Path) -> tuple[TransformerConfig, dict[str, Tensor]]:
     return config, state | ({"head.weight": state["embed.weight"]} if tied else {})
 
 
+def _known_labels(where: Path) -> list[str]:
+    """What the scores of the classifier in a step directory or folder of Hugging Face's are of, where that is said."""
+    if huggingface.is_folder(where):
+        return huggingface.labels_of(where)
+    names, spans = labels_of(where)
+    return ["start", "end"] if spans else names
+
+
 def labels_of(step: Path) -> tuple[list[str], bool]:
     """The names of a classifier's labels, as the run's data had them, none where it had none; and whether what it
     scores are the start and the end of an answer."""
@@ -86,15 +95,17 @@ def tokenizer_at(path: str | Path) -> Path | None:
     return found / "tokenizer" if (found / "tokenizer").is_dir() else None
 
 
-def load_into(model: nn.Module, path: str | Path) -> list[str]:
+def load_into(model: nn.Module, path: str | Path, labels: Sequence[str] = ()) -> list[str]:
     """Copy the weights at `path` into `model`, all of them and nothing else.
 
     Of a run or step directory every weight must fit. Of a folder of Hugging Face's, and for a model with labels that
-    the checkpoint has not, those of the body must; heads that it lacks keep what they have. The encoder of an
-    encoder-decoder may come from an encoder: its decoder starts anew.
+    the checkpoint has not, those of the body must; heads that it lacks keep what they have. So does the classifier, of
+    either, where there are more or fewer labels, they are of tokens and not of texts, or `labels`, the names that the
+    model's have, are known to be others. The encoder of an encoder-decoder may come from an encoder: its decoder starts
+    anew.
 
     Returns:
-        The names of the weights of `model` that were not in the checkpoint, which are logged too.
+        The names of the weights of `model` that start anew, which are logged too.
 
     Raises:
         CheckpointError: naming every weight that is missing, left over, or of another shape.
@@ -111,6 +122,11 @@ def load_into(model: nn.Module, path: str | Path) -> list[str]:
         raise CheckpointError(f"{where}: other weights than this model's\n" + "\n".join(f"  {m}" for m in mistakes))
     mine = getattr(model, "config", config)
     heads = huggingface.is_folder(where) or (mine.n_labels, mine.label_of) != (config.n_labels, config.label_of)
+    others = _other_labels(mine, config, list(labels), _known_labels(where))
+    if others is not None:
+        log.warning("%s: its classifier is of other labels, and left: %s", where, others)
+        saved = {name: weight for name, weight in saved.items() if not name.startswith("classifier.")}
+        heads = True
     return _fill(model, saved, str(where), heads=heads, unused=unused)
 
 
@@ -154,6 +170,20 @@ def disagreements(model: Any, weights: TransformerConfig) -> list[str]:
     ]
 
 
+def _other_labels(
+    model: TransformerConfig, weights: TransformerConfig, mine: list[str], theirs: list[str]
+) -> str | None:
+    """How the labels that classifiers of both choose from differ; None: not as far as is known."""
+    if model.n_labels is None or weights.n_labels is None:
+        return None
+    for key in ("n_labels", "label_of"):
+        if getattr(model, key) != getattr(weights, key):
+            return f"model.{key}: {getattr(model, key)} - the weights have {getattr(weights, key)}"
+    if mine and theirs and mine != theirs:
+        return f"labels: {', '.join(mine)} - the weights have {', '.join(theirs)}"
+    return None
+
+
 def _weights(step: Path) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): weight for name, weight in read_tensors(step, PREFIX).items()}
 
@@ -180,7 +210,7 @@ def _fill(
         )
     load_whole(model, {named[name]: weight for name, weight in saved.items()})
     if anew:
-        log.warning("%s: not in it, so they start anew: %s", where, ", ".join(anew))
+        log.warning("%s: not taken from it, so they start anew: %s", where, ", ".join(anew))
     if spare or unused:
         log.warning("%s: heads that this model has not, unused: %s", where, ", ".join([*spare, *(unused or [])]))
     return anew

@@ -204,6 +204,7 @@ class ExtractSpan(Enclosed):
     no_answer: bool = False
     bad_rows: BadRows = "refuse"
     weight: Annotated[float, Gt(0)] = 1.0
+    labels: ClassVar[tuple[str, ...]] = ("start", "end")  # what a token's scores are of
     fields: ClassVar[tuple[str, ...]] = ("tokens", "segments")
     whole_fields: ClassVar[tuple[str, ...]] = ("start_labels", "end_labels")
     alone: ClassVar[bool] = True

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from llm.data.cache import FORMAT
 from llm.data.collate import Settings, Step
 from llm.data.example import Symbols
-from llm.data.labelling import Classify, Tag
+from llm.data.labelling import ExtractSpan, OfLabels
 from llm.data.order import Order
 from llm.data.parts import AnyRows, Part, Plan, Prepared
 from llm.data.prepare import Held, Recipe
@@ -148,11 +148,15 @@ class TextData(LightningDataModule):
         return found.pop()
 
     @property
+    def labels(self) -> list[str]:
+        """Names of the labels of which one is to be chosen, or of a token's two scores for a span; none: of tokens."""
+        labelled = [list(task.labels) for task in self.tasks.values() if isinstance(task, ExtractSpan | OfLabels)]
+        return max(labelled, key=len, default=[])
+
+    @property
     def n_labels(self) -> int | None:
-        """Of how many labels one is to be chosen, or scores for a token: two for a span's start and end; None: of the
-        vocabulary."""
-        labelled = [len(task.labels) for task in self.tasks.values() if isinstance(task, Classify | Tag)]
-        return 2 if self.answers == "span" else max(labelled, default=None)
+        """How many labels there are; None: answers are of the vocabulary."""
+        return len(self.labels) or None
 
     @property
     def _ragged(self) -> tuple[str, ...]:
@@ -289,22 +293,20 @@ class TextData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Step]:
         """This process's share of every step from `next_batch` to trainer.max_steps (without a trainer: one epoch)."""
-        rank, world_size = self._place()
+        place = (*self._place(), self.micro_batch_size)
         n_steps = self.n_steps(max_epochs=1) if self.trainer is None else self.trainer.max_steps
         if n_steps < 1:
             raise ValueError(
                 f"trainer.max_steps={n_steps}: the data has no end of its own; say how many steps to train"
             )
-        place = (rank, world_size, self.micro_batch_size)
         steps = TrainSteps(*self._mixture(self._prepared.train), place, self._settings, self.order)
         return self._loader(steps, From(self.next_batch, n_steps))
 
     def val_dataloader(self) -> DataLoader[Step] | list[Any]:
         """This process's share of the held-out rows, `batch_size` at a time over all processes; every row once."""
-        rank, world_size = self._place()
+        place = (*self._place(), self.micro_batch_size)
         if not self._prepared.val:
             return []
-        place = (rank, world_size, self.micro_batch_size)
         token_bytes = self.tokenizer.token_bytes if self.family == "decoder" else None
         steps = ValSteps(*self._mixture(self._prepared.val), place, self._settings, self.batch_size, token_bytes)
         return self._loader(steps, From(0, len(steps)))
@@ -316,8 +318,7 @@ class TextData(LightningDataModule):
 
     @property
     def _settings(self) -> Settings:
-        symbols = Symbols.of(self.tokenizer)
-        return Settings(symbols, self.document_mask, self.seed, self._ragged, self.tells_documents)
+        return Settings(Symbols.of(self.tokenizer), self.document_mask, self.seed, self._ragged, self.tells_documents)
 
     def _place(self) -> tuple[int, int]:
         """Which share of each batch is this process's: the strategy knows, as several processes may have the same."""
@@ -348,8 +349,7 @@ class TextData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the batch after the last one that was consumed; evaluating, there is none to go on with."""
-        evaluating = self.trainer is not None and self.trainer.state.fn == "validate"
-        if not evaluating:
+        if self.trainer is None or self.trainer.state.fn != "validate":
             self.check_resume(state_dict)
             self.next_batch = state_dict["next_batch"]
 

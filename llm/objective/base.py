@@ -89,6 +89,7 @@ class Objective(L.LightningModule):
         self.trouble: Exception | None = None  # what ends this fit, on all processes
         self._watched: tuple[int, Reading] | None = None  # a step that is still to be judged
         self.task_names: list[str] = []  # that the data mixes, in the order in which a batch's `tasks` number them
+        self.label_names: list[str] = []  # that the data has, in the order of the classifier's scores
         self.train_totals = Totals()
         self.val_totals = Totals()
         self.label_counts: Tensor | None = None  # int64 [V], of the labels validated so far
@@ -186,11 +187,12 @@ class Objective(L.LightningModule):
         """Learn what the data is made of."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.task_names = list(getattr(data, "task_names", ()))
+        self.label_names = list(getattr(data, "labels", ()))
 
     def on_fit_start(self) -> None:
         """Start from other weights."""
         if self.init_from is not None and not self.continues:
-            load_into(self.network, self.init_from)
+            load_into(self.network, self.init_from, self.label_names)
 
     def on_train_start(self) -> None:
         """A checkpoint brings back the optimizer's state; its settings are those of this run's configuration."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 
-from llm.checkpoint import huggingface, weights_of
-from llm.model import Transformer, TransformerConfig
+from llm.checkpoint import huggingface, load_into, save, weights_of
+from llm.model import Transformer, TransformerConfig, node_of
 
 SETTINGS = {
     "dim": 32,
@@ -66,3 +68,65 @@ def test_a_head_is_that_of_transformers(
     again = huggingface.read(tmp_path / "out")
     assert (again.config.n_labels, again.config.label_of, again.anew) == (n_labels, label_of, [])
     assert all(torch.equal(again.state[key], weight) for key, weight in weights_of(model).items())
+
+
+def stored(config: TransformerConfig, labels: list[str], out: Path) -> dict[str, torch.Tensor]:
+    """A step directory of a classifier with these labels; returns its weights."""
+    weights = weights_of(Transformer(config))
+    cfg = {"model": node_of(config), "data": {"tasks": {"classification": {"labels": labels}}}}
+    file = out.with_name("config.yaml")
+    file.write_text(yaml.safe_dump(cfg))
+    save(out, {f"model.{name}": weight for name, weight in weights.items()}, {}, [file])
+    return weights
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "labels", "told"),
+    [
+        ({"n_labels": 2}, ["bad", "good"], "model.n_labels: 2 - the weights have 3"),
+        ({"label_of": "token"}, ["a", "b", "c"], "model.label_of: token - the weights have text"),
+        ({}, ["c", "b", "a"], "labels: c, b, a - the weights have a, b, c"),
+        ({}, ["a", "b", "c"], None),
+        ({}, [], None),  # not known
+    ],
+)
+def test_a_classifier_of_other_labels_starts_anew(
+    tmp_path: Path,
+    changes: dict[str, Any],
+    labels: list[str],
+    told: str | None,
+    theirs: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of a run of ours, and of a folder of Hugging Face's."""
+    config = TransformerConfig(**SETTINGS, n_labels=3)  # type: ignore[arg-type]
+    weights = stored(config, ["a", "b", "c"], tmp_path / "step")
+    if theirs:
+        huggingface.write(config, weights, None, tmp_path / "out", ["a", "b", "c"])
+    model = Transformer(replace(config, **changes))
+    before = {name: weight.clone() for name, weight in weights_of(model).items()}
+    anew = load_into(model, tmp_path / ("out" if theirs else "step"), labels)
+    assert anew == ([] if told is None else ["classifier.weight", "classifier.bias"])
+    for name, weight in weights_of(model).items():
+        assert torch.equal(weight, (before if name in anew else weights)[name])
+    if told is not None:
+        assert f"its classifier is of other labels, and left: {told}" in caplog.text
+        assert "so they start anew: classifier.weight, classifier.bias" in caplog.text
+
+
+def test_numbers_are_no_names_of_labels_and_a_span_has_its_own(tmp_path: Path) -> None:
+    config = TransformerConfig(**SETTINGS, n_labels=2, label_of="token")  # type: ignore[arg-type]
+    weights = weights_of(Transformer(config))
+    for name, labels, spans in (("numbered", [], False), ("named", ["a", "b"], False), ("span", [], True)):
+        huggingface.write(config, weights, None, tmp_path / name, labels, spans=spans)
+    assert [huggingface.labels_of(tmp_path / name) for name in ("numbered", "named", "span")] == [
+        [],
+        ["a", "b"],
+        ["start", "end"],
+    ]
+    assert load_into(Transformer(config), tmp_path / "span", ["start", "end"]) == []
+    assert load_into(Transformer(config), tmp_path / "named", ["start", "end"]) == [
+        "classifier.weight",
+        "classifier.bias",
+    ]

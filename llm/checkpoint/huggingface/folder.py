@@ -61,6 +61,18 @@ def configuration(path: str | Path) -> TransformerConfig | None:
     return settings.from_theirs(theirs, settings.architecture_of(theirs, str(path)), str(path / CONFIG))
 
 
+def labels_of(path: str | Path) -> list[str]:
+    """The names of a classifier's labels in the order of its scores, start and end where those are of an answer's; none
+    where they are but numbered."""
+    path = Path(path)
+    theirs = {} if path.suffix == ".gguf" else _json(path / CONFIG)
+    if any(kind.endswith("ForQuestionAnswering") for kind in theirs.get("architectures") or ()):
+        return ["start", "end"]
+    names = [str(name) for _, name in sorted((theirs.get("id2label") or {}).items(), key=lambda pair: int(pair[0]))]
+    numbered = all(name.removeprefix("LABEL_") == str(number) for number, name in enumerate(names))
+    return [] if numbered else names
+
+
 def tokenizer_of(path: str | Path) -> Tokenizer | None:
     """The tokenizer in a folder or GGUF file; None if there is none, or Marian's, which cannot be carried along.
 
