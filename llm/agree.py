@@ -256,7 +256,7 @@ def _adapter(cfg: DictConfig, model: TransformerConfig) -> list[str]:
     if cfg.adapter is None:
         return []
     mistakes = []
-    if cfg.init_from is None and cfg.resume not in ("must",):
+    if cfg.init_from is None:  # also of a run that goes on: it says which heads are trained beside the adapter
         mistakes.append("adapter: changes weights that are there - init_from is null - set it to a folder or a run")
     if "gate" in cfg.adapter.layers and not model.gated:
         mistakes.append(f"adapter.layers: gate - model.activation={model.activation} has none - leave it out")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _LAYERS = ("query", "key", "value", "out", "gate", "up", "down")
-_HEADS = ("classifier.", "pooler.")  # of a network that starts without them: they are trained whole
+_HEADS = ("classifier.", "pooler.")  # of one task: they are trained whole, also where the weights have them
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Lora:
         """What the product is multiplied with."""
         return self.alpha / self.r
 
-    def attach(self, network: nn.Module) -> None:
-        """Change `network`, a Transformer, in place, and freeze what is not trained.
+    def attach(self, network: nn.Module, anew: Collection[str] = ()) -> None:
+        """Change `network`, a Transformer, in place, and freeze what is not trained: all but the matrices, a
+        classifier, and the weights that are `anew`, which nobody has trained yet.
 
         Raises ValueError if no layer has one of the names, or peft is not installed.
         """
@@ -77,7 +78,8 @@ class Lora:
                 module.reset_parameters = partial(_draw, module, f"{seed} {name}")
                 module.reset_parameters()
         for name, parameter in network.named_parameters():
-            parameter.requires_grad_(".lora_" in name or name.startswith(_HEADS))
+            starts_anew = name.replace(".base_layer.", ".") in anew
+            parameter.requires_grad_(".lora_" in name or name.startswith(_HEADS) or starts_anew)
 
 
 @contextmanager

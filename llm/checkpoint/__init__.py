@@ -4,7 +4,16 @@ from llm.checkpoint.adapter import put_on, write_peft
 from llm.checkpoint.average import average
 from llm.checkpoint.distribute import load_whole, place, weights_of
 from llm.checkpoint.exchange import export_folder, import_folder
-from llm.checkpoint.load import configuration_at, disagreements, labels_of, load, load_into, tokenizer_at, weights_at
+from llm.checkpoint.load import (
+    configuration_at,
+    disagreements,
+    labels_of,
+    load,
+    load_into,
+    starting_anew,
+    tokenizer_at,
+    weights_at,
+)
 from llm.checkpoint.shards import index as stored_tensors
 from llm.checkpoint.shards import load_into as load_tensors
 from llm.checkpoint.store import (
@@ -48,6 +57,7 @@ __all__ = [
     "remove_after",
     "save",
     "set_aside_damaged",
+    "starting_anew",
     "step_name",
     "steps",
     "stored_tensors",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -121,13 +122,32 @@ def load_into(model: nn.Module, path: str | Path, labels: Sequence[str] = ()) ->
     if mistakes:
         raise CheckpointError(f"{where}: other weights than this model's\n" + "\n".join(f"  {m}" for m in mistakes))
     mine = getattr(model, "config", config)
-    heads = huggingface.is_folder(where) or (mine.n_labels, mine.label_of) != (config.n_labels, config.label_of)
+    heads = _other_heads(where, mine, config)
     others = _other_labels(mine, config, list(labels), _known_labels(where))
     if others is not None:
         log.warning("%s: its classifier is of other labels, and left: %s", where, others)
         saved = {name: weight for name, weight in saved.items() if not name.startswith("classifier.")}
         heads = True
     return _fill(model, saved, str(where), heads=heads, unused=unused)
+
+
+def starting_anew(config: TransformerConfig, path: str | Path) -> list[str]:
+    """The names of the weights of a network that `load_into` would not find at `path`, a classifier of other labels
+    apart; none of the network is needed for that.
+
+    Raises:
+        CheckpointError: if there is nothing at `path`, or it is not understood.
+    """
+    where = weights_at(path)
+    if huggingface.is_folder(where):
+        found = huggingface.read(where)
+        theirs, names = found.config, {*found.state}
+    else:
+        theirs = config_from(yaml.safe_load((where / "config.yaml").read_text())["model"])
+        names = {*huggingface.expected(theirs)}
+    with torch.device("meta"):
+        wanted = weights_of(Transformer(config))
+    return _unlike(wanted, names, heads=_other_heads(where, config, theirs))[0]
 
 
 def configuration_at(path: str | Path) -> TransformerConfig | None:
@@ -195,13 +215,8 @@ def _fill(
     wanted = {name: weights_of(model)[whole] for name, whole in named.items()}
     tied = model.state_dict().keys() - weights_of(model).keys()
     saved = {name: weight for name, weight in saved.items() if name not in tied}
-    from_encoder = _is(wanted, "encoder.") and _is(wanted, "decoder.") and not _is(saved, "decoder.")
-    may_start_anew = (*(huggingface.HEADS if heads or from_encoder else ()), *(("decoder.",) if from_encoder else ()))
-    spare = [name for name in saved if name.startswith(huggingface.HEADS)] if heads or from_encoder else []
-    # An encoder's head scores what its transform makes of hidden states: the decoder's is another one.
-    spare = spare if from_encoder else [name for name in spare if name not in wanted]
+    anew, spare = _unlike(wanted, saved, heads=heads)
     saved = {name: weight for name, weight in saved.items() if name not in spare}
-    anew = [name for name in wanted if name not in saved and name.startswith(may_start_anew or ("\0",))]
     mistakes = _differences(wanted, saved, {*anew})
     if mistakes:
         raise CheckpointError(
@@ -216,7 +231,24 @@ def _fill(
     return anew
 
 
-def _is(weights: dict[str, Tensor], prefix: str) -> bool:
+def _other_heads(where: Path, model: TransformerConfig, weights: TransformerConfig) -> bool:
+    """Whether the heads of a model need not be those of its weights."""
+    return huggingface.is_folder(where) or (model.n_labels, model.label_of) != (weights.n_labels, weights.label_of)
+
+
+def _unlike(wanted: Collection[str], saved: Collection[str], *, heads: bool) -> tuple[list[str], list[str]]:
+    """Names of the weights that start anew, and of heads that are left."""
+    from_encoder = _is(wanted, "encoder.") and _is(wanted, "decoder.") and not _is(saved, "decoder.")
+    may_start_anew = (*(huggingface.HEADS if heads or from_encoder else ()), *(("decoder.",) if from_encoder else ()))
+    spare = [name for name in saved if name.startswith(huggingface.HEADS)] if heads or from_encoder else []
+    # An encoder's head scores what its transform makes of hidden states: the decoder's is another one.
+    spare = spare if from_encoder else [name for name in spare if name not in wanted]
+    kept = {*saved} - {*spare}
+    anew = [name for name in wanted if name not in kept and name.startswith(may_start_anew or ("\0",))]
+    return anew, spare
+
+
+def _is(weights: Collection[str], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in weights)
 
 

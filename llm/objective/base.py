@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from llm.checkpoint import load_into
+from llm.checkpoint import load_into, starting_anew
 from llm.guard import Guard, Stop
 from llm.metric import unigram_nats
 from llm.model import Transformer, TransformerConfig
@@ -90,6 +90,7 @@ class Objective(L.LightningModule):
         self._watched: tuple[int, Reading] | None = None  # a step that is still to be judged
         self.task_names: list[str] = []  # that the data mixes, in the order in which a batch's `tasks` number them
         self.label_names: list[str] = []  # that the data has, in the order of the classifier's scores
+        self.anew: list[str] = []  # names of weights that `init_from` lacks, of a network with an adapter
         self.train_totals = Totals()
         self.val_totals = Totals()
         self.label_counts: Tensor | None = None  # int64 [V], of the labels validated so far
@@ -165,7 +166,7 @@ class Objective(L.LightningModule):
         if self.model is None:
             self.model = Transformer(self.model_config)
             if self.adapter is not None:
-                self.adapter.attach(self.model)
+                self.adapter.attach(self.model, self.anew)
 
     def configure_optimizers(self) -> Optimizer:
         """The one optimizer, each group with the peak rate that the schedule multiplies."""
@@ -184,10 +185,12 @@ class Objective(L.LightningModule):
         return self.model
 
     def setup(self, stage: str) -> None:
-        """Learn what the data is made of."""
+        """Learn what the data is made of, and what an adapter cannot be put on."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         self.task_names = list(getattr(data, "task_names", ()))
         self.label_names = list(getattr(data, "labels", ()))
+        if stage == "fit" and self.adapter is not None and self.init_from is not None:
+            self.anew = starting_anew(self.model_config, self.init_from)
 
     def on_fit_start(self) -> None:
         """Start from other weights."""

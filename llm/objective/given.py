@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ class OptimizerRecipe(Protocol):
 class Adapter(Protocol):
     """What `conf/adapter` gives."""
 
-    def attach(self, network: nn.Module) -> None:
-        """Change the network in place, and freeze what is not trained."""
+    def attach(self, network: nn.Module, anew: Collection[str] = ()) -> None:
+        """Change the network in place, and freeze what is not trained; weights that start `anew` are."""
 
 
 class Step(Protocol):

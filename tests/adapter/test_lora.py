@@ -16,7 +16,7 @@ from llm.model import Transformer, TransformerConfig
 from llm.optimizer import AdamW
 from llm.run import run
 from tests.ranks import run_on_ranks
-from tests.runs import Compose, run_composed, saved
+from tests.runs import FAMILIES, Compose, run_composed, saved
 
 pytest.importorskip("peft", reason="comes with the extra adapter")
 LLAMA = ["model.qk_norm=false", "model.norm=rms", "model.activation=swiglu", "model.dropout=0"]
@@ -62,6 +62,30 @@ def test_it_starts_as_the_network_that_it_is_put_on() -> None:
     torch.nn.init.ones_(layer.lora_B["default"].weight)
     layer.lora_B["default"].reset_parameters()
     assert not layer.lora_B["default"].weight.any()
+
+
+def test_heads_that_start_anew_are_trained(compose_run: Compose, tmp_path: Path) -> None:
+    """Those that the weights lack, also of the vocabulary; those that they have are not."""
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=120, max_position_embeddings=32, **sizes)
+    bert = transformers.BertForMaskedLM(config)
+    bert.save_pretrained(tmp_path / "whole")
+    bert.bert.save_pretrained(tmp_path / "body")
+    tuned = [*FAMILIES["encoder"], "adapter=lora", "data.tasks.masked_lm.next_sentence=false"]
+    tuned = [line for line in tuned if line.partition("=")[0] != "model.next_sentence"]
+    trained = {}
+    for name in ("whole", "body"):
+        cfg = compose_run(*tuned, f"init_from={tmp_path / name}", f"run_dir={tmp_path / 'runs' / name}")
+        cfg.model = {"_target_": "llm.model.Pretrained"}
+        run(cfg)
+        optimizer = saved(tmp_path / "runs" / name)["optimizer"]
+        names = {key.removeprefix("optimizer.model.").rpartition(".")[0] for key in optimizer}
+        trained[name] = {key for key in names if ".lora_" not in key}
+    assert trained["whole"] == set()
+    heads = {"transform.dense.weight", "transform.dense.bias", "transform.norm.weight", "transform.norm.bias"}
+    assert trained["body"] == heads | {"head.bias"}
 
 
 def test_merged_apart_and_in_peft_it_is_the_same(compose_run: Compose, tmp_path: Path, base: Path) -> None:
@@ -121,6 +145,8 @@ def test_what_cannot_be_says_why(compose_run: Compose, tmp_path: Path, base: Pat
         run(compose_run("adapter=lora"))
     with pytest.raises(ConfigError, match=r"adapter\.layers: gate - model\.activation=gelu has none - leave it out"):
         run(compose_run("adapter=lora", "model.activation=gelu", "adapter.layers=[gate,query]", f"init_from={base}"))
+    with pytest.raises(ConfigError, match="adapter: changes weights that are there - init_from is null"):
+        run(compose_run("adapter=lora", "resume=must", f"run_dir={base}"))
     with pytest.raises(ConfigError, match=r"adapter.layers=.'nothing'.: must be some of query, key"):
         run(compose_run("adapter=lora", "adapter.layers=[nothing]", f"init_from={base}"))
     run(compose_run(*ADAPTED, f"init_from={base}", "trainer.max_steps=3"))

@@ -3,12 +3,13 @@
 from llm.checkpoint.huggingface import settings
 from llm.checkpoint.huggingface.folder import configuration, is_folder, labels_of, read, tokenizer_of, write
 from llm.checkpoint.huggingface.multipliers import folded
-from llm.checkpoint.huggingface.weights import HEADS, Translated
+from llm.checkpoint.huggingface.weights import HEADS, Translated, expected
 
 __all__ = [
     "HEADS",
     "Translated",
     "configuration",
+    "expected",
     "folded",
     "is_folder",
     "labels_of",
