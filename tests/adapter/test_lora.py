@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llm.adapter import Lora
-from llm.checkpoint import CheckpointError, export_folder, load, put_on, write_peft
+from llm.checkpoint import CheckpointError, average, export_folder, load, put_on, weights_of, write_peft
 from llm.config import ConfigError
 from llm.model import Transformer, TransformerConfig
 from llm.optimizer import AdamW
@@ -115,6 +115,18 @@ def test_merged_apart_and_in_peft_it_is_the_same(compose_run: Compose, tmp_path:
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     with torch.no_grad():
         torch.testing.assert_close(whole(TOKENS).logits, logits(merged), rtol=1e-4, atol=1e-5)
+
+
+def test_the_mean_of_checkpoints_is_that_of_merged_weights(compose_run: Compose, tmp_path: Path, base: Path) -> None:
+    """Not of A and of B, whose product would be another; what is written needs no adapter."""
+    kept = ["callback.checkpoint.every_n_train_steps=3", "callback.checkpoint.save_top_k=2"]
+    run(compose_run(*ADAPTED, f"init_from={base}", *kept))
+    taken = average(tmp_path / "run", tmp_path / "mean", 2)
+    first, second, mean = (weights_of(load(path)[0]) for path in (*taken, tmp_path / "mean"))
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, (first[name] + second[name]) / 2, rtol=0, atol=1e-6)
+    with pytest.raises(CheckpointError, match="was trained without an adapter"):
+        put_on(load(base)[0], tmp_path / "mean")
 
 
 def test_an_interrupted_run_goes_on_as_it_was(compose_run: Compose, tmp_path: Path, base: Path) -> None:
