@@ -201,7 +201,8 @@ class Transformer(nn.Module):
         """
         c = self.config
         tables = [m for m in self.modules() if isinstance(m, nn.Embedding) and m is not self.embed]
-        looked_up = sum(m.weight.numel() for m in tables) + (0 if c.tie_embeddings else self.embed.weight.numel())
+        one = c.tie_embeddings or self.head is None  # a classifier's embedding is no head's, tied or not
+        looked_up = sum(m.weight.numel() for m in tables) + (0 if one else self.embed.weight.numel())
         width = 12 * c.n_heads * c.head_width
         if self.decoder is None:
             head = self.embed.weight.numel() + sum(

@@ -346,6 +346,14 @@ def test_flops_per_token_of_an_encoder_decoder(config):
     assert model.flops_per_token(16, 4) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_classifier_looks_its_embedding_up(config, tied):
+    """Tied or not, there is one, and it is no head."""
+    model = Transformer(config(family="encoder", n_labels=3, tie_embeddings=tied))
+    n = sum(p.numel() for p in model.encoder.parameters()) + 3 * 32 + 3
+    assert model.flops_per_token(16) == 6 * n + 12 * 2 * 32 * 16
+
+
 def test_pairs_are_judged_by_their_first_token(build):
     model = build(**BERT)
     hidden = torch.randn(3, 32)
