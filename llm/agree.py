@@ -73,8 +73,9 @@ def agree(
         raise ConfigError(mistakes)
     if cfg.init_from is not None and own_checkpoint(cfg) is None:
         weights = configuration_at(cfg.init_from)
-        # Whether a head of its own is among a folder's weights is only known when they are read.
-        weights = None if weights is None else replace(weights, tie_embeddings=True)
+        if weights is not None and model.tie_embeddings:
+            # Whether a head of its own is among a folder's weights is only known when they are read.
+            weights = replace(weights, tie_embeddings=True)
         mistakes = [] if weights is None else disagreements(model, weights)
         if mistakes:
             raise ConfigError([f"init_from: {cfg.init_from}: {mistake}" for mistake in mistakes])

@@ -165,7 +165,8 @@ def configuration_at(path: str | Path) -> TransformerConfig | None:
 def disagreements(model: Any, weights: TransformerConfig) -> list[str]:
     """One line for each key that gives equal shapes another meaning: weights of one network in another.
 
-    What makes a context longer may differ; a tied embedding may come apart, but two tensors cannot become one.
+    What makes a context longer may differ; a tied embedding may come apart, unless what its scores are multiplied with
+    under mup, and a head's of its own are not, would be lost; but two tensors cannot become one.
     """
     if not isinstance(model, TransformerConfig):
         return []
@@ -176,7 +177,8 @@ def disagreements(model: Any, weights: TransformerConfig) -> list[str]:
         ]
     mine, other = meaning(model), meaning(weights)
     skipped = _SHAPES | (_NOT_AN_ENCODERS if from_encoder else set())
-    if not model.tie_embeddings or weights.tie_embeddings:
+    multiplied = weights.growth != 1 and model.n_labels is None and weights.n_labels is None
+    if weights.tie_embeddings and not multiplied:
         skipped |= {"tie_embeddings"}
     if weights.n_layers != model.n_layers:
         skipped |= {"windows"}

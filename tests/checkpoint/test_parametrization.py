@@ -97,6 +97,10 @@ def test_weights_of_another_parametrization_are_refused() -> None:
         "model.base_dim: 16 - the weights have 24 - set it to that"
     ]
     assert disagreements(replace(mup, base_dim=48), standard) == []
+    assert disagreements(mup, mup) == []
+    tied, apart = (replace(mup, tie_embeddings=tied) for tied in (True, False))  # whose scores have no multiplier
+    assert disagreements(apart, tied) == ["model.tie_embeddings: False - the weights have True - set it to that"]
+    assert disagreements(replace(apart, base_dim=48), replace(tied, base_dim=48)) == []
     assert disagreements(mup, replace(mup, base_ffn_dim=20)) == []  # which says how it is trained, not what it computes
 
 
