@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 # What shows in the names and shapes of weights, and is compared there.
 _SHAPES = {
     *("dim", "head_dim", "n_kv_heads", "ffn_dim", "vocab_size", "max_length", "n_layers", "n_decoder_layers"),
-    *("n_segments", "bias", "head_bias", "next_sentence", "n_labels", "label_of", "window"),
+    *("n_segments", "bias", "head_bias", "next_sentence", "n_labels", "label_of"),
 }
 # What people change on purpose, to make a context longer.
-_CONTEXT = {"rope_theta", "rope_scaling", "local_rope_theta", "windows"}
+_CONTEXT = {"rope_theta", "rope_scaling", "local_rope_theta", "window", "windows"}
 # What an encoder has no use for, or another one than the encoder-decoder that begins with it.
 _NOT_AN_ENCODERS = {"family", "tie_embeddings", "scale_logits"}
 

@@ -298,6 +298,10 @@ def test_what_makes_a_context_longer_may_differ(
     config, _ = stored(newest(tmp_path / "run"))  # type: ignore[arg-type]
     assert load_into(Transformer(replace(config, rope_theta=5e5, max_length=64)), tmp_path / "run") == []
     assert "model.rope_theta: 500000.0, and the weights were trained with 10000.0" in caplog.text
+    for window, was in ((8, 16), (None, 16), (16, None)):
+        caplog.clear()
+        assert disagreements(replace(config, window=window), replace(config, window=was)) == []
+        assert f"model.window: {window}, and the weights were trained with {was}" in caplog.text
 
 
 def test_two_embeddings_do_not_become_one(tmp_path: Path) -> None:
