@@ -4,10 +4,10 @@ from llm.checkpoint.adapter import put_on, write_peft
 from llm.checkpoint.average import average
 from llm.checkpoint.distribute import load_whole, place, weights_of
 from llm.checkpoint.exchange import export_folder, import_folder
+from llm.checkpoint.labels import labels_of
 from llm.checkpoint.load import (
     configuration_at,
     disagreements,
-    labels_of,
     load,
     load_into,
     starting_anew,

@@ -10,7 +10,8 @@ import yaml
 
 from llm.checkpoint import huggingface, store
 from llm.checkpoint.distribute import weights_of
-from llm.checkpoint.load import PREFIX, labels_of, stored
+from llm.checkpoint.labels import labels_of
+from llm.checkpoint.load import PREFIX, stored
 from llm.checkpoint.store import unused
 from llm.model import Transformer, node_of
 from llm.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ from llm.checkpoint import huggingface
 from llm.checkpoint.adapter import PREFIX, adapter_of, is_adapters, merged, plain
 from llm.checkpoint.distribute import load_whole, weights_of
 from llm.checkpoint.huggingface.settings import meaning
+from llm.checkpoint.labels import labels_of
 from llm.checkpoint.store import CheckpointError, find, read_tensors
 from llm.model import Transformer, TransformerConfig, config_from
 from llm.tokenizer import Tokenizer
@@ -68,15 +69,6 @@ def _known_labels(where: Path) -> list[str]:
         return huggingface.labels_of(where)
     names, spans = labels_of(where)
     return ["start", "end"] if spans else names
-
-
-def labels_of(step: Path) -> tuple[list[str], bool]:
-    """The names of a classifier's labels, as the run's data had them, none where it had none; and whether what it
-    scores are the start and the end of an answer."""
-    cfg = yaml.safe_load((step / "config.yaml").read_text())
-    tasks = ((cfg.get("data") or {}).get("tasks") or {}).values()
-    spans = str((cfg.get("objective") or {}).get("_target_")).endswith("SpanExtraction")
-    return max((task["labels"] for task in tasks if "labels" in task), key=len, default=[]), spans
 
 
 def weights_at(path: str | Path) -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llm.adapter import Lora
-from llm.checkpoint import CheckpointError, average, export_folder, load, put_on, weights_of, write_peft
+from llm.checkpoint import CheckpointError, average, export_folder, load, load_into, put_on, weights_of, write_peft
 from llm.config import ConfigError
 from llm.model import Transformer, TransformerConfig
 from llm.optimizer import AdamW
@@ -86,6 +86,8 @@ def test_heads_that_start_anew_are_trained(compose_run: Compose, tmp_path: Path)
     assert trained["whole"] == set()
     heads = {"transform.dense.weight", "transform.dense.bias", "transform.norm.weight", "transform.norm.bias"}
     assert trained["body"] == heads | {"head.bias"}
+    with pytest.raises(CheckpointError, match=r"head: is trained, and no layer of its own .* export the merged model"):
+        write_peft(tmp_path / "runs" / "body", tmp_path / "adapter")
 
 
 def test_merged_apart_and_in_peft_it_is_the_same(compose_run: Compose, tmp_path: Path, base: Path) -> None:
@@ -115,6 +117,38 @@ def test_merged_apart_and_in_peft_it_is_the_same(compose_run: Compose, tmp_path:
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
     with torch.no_grad():
         torch.testing.assert_close(whole(TOKENS).logits, logits(merged), rtol=1e-4, atol=1e-5)
+
+
+def test_a_classifier_goes_with_its_adapter(compose_run: Compose, tmp_path: Path) -> None:
+    """Put on the network that it was trained on, and in peft's hands: the head is not the one that was there."""
+    import peft
+    import transformers
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": "red two"[n % 2 :], "label": n % 2}) + "\n" for n in range(60)))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=120, max_position_embeddings=32, **sizes)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    tuned = ["model=tiny_encoder", "objective=classification", "data/tasks=classification", "tokenizer=wordpiece"]
+    tuned += ["tokenizer.vocab_size=120", "data.tasks.classification.labels=[a,b]", "callback.sample.prompts=[]"]
+    cfg = compose_run(*tuned, f"data.path={path}", f"init_from={tmp_path / 'base'}", "adapter=lora", "optimizer.lr=0.1")
+    cfg.model = {"_target_": "llm.model.Pretrained"}
+    run(cfg)
+    ours, _ = load(tmp_path / "run")
+    tokens = TOKENS[:, :9]
+    expected = ours.label_logits(ours(tokens)[:, 0])
+    write_peft(tmp_path / "run", tmp_path / "adapter")
+    bert = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    adapted = peft.PeftModel.from_pretrained(bert, tmp_path / "adapter").eval()
+    torch.testing.assert_close(adapted(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    plain = Transformer(ours.config).eval()
+    load_into(plain, tmp_path / "base")
+    put_on(plain, tmp_path / "run")
+    torch.testing.assert_close(plain.label_logits(plain(tokens)[:, 0]), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        CheckpointError, match=r"classifier\.bias was trained beside its adapter, .* use the run itself"
+    ):
+        put_on(Transformer(replace(ours.config, n_labels=None)), tmp_path / "run")
 
 
 def test_the_mean_of_checkpoints_is_that_of_merged_weights(compose_run: Compose, tmp_path: Path, base: Path) -> None:
