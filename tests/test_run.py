@@ -190,9 +190,7 @@ def test_a_run_needs_the_weights_that_it_began_with_no_more(
     start += ["model=pretrained", "schedule=constant"]
     run(composed([*start, "trainer.max_steps=3"], own))
     labels = ["objective=classification", "data/tasks=classification", "data.tasks.classification.labels=[a,b]"]
-    with pytest.raises(
-        ConfigError, match=r"model: pretrained - .*-00000003 is a model.family=decoder - model.n_lab"
-    ):
+    with pytest.raises(ConfigError, match=r"model: pretrained - .*-00000003 is a model.family=decoder - model.n_lab"):
         run(composed([*start, *labels], own))
     shutil.rmtree(base)
     assert run(composed(start, own)).step == 6

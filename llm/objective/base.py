@@ -73,14 +73,11 @@ class Objective(L.LightningModule):
                 "take another objective= or model="
             )
         self.automatic_optimization = False
-        self.model_config = model
-        self.optimizer_recipe = optimizer
-        self.schedule = schedule
-        self.guard = guard or Stop()
+        self.model_config, self.optimizer_recipe = model, optimizer
+        self.schedule, self.guard = schedule, guard or Stop()
         self.init_from = init_from
         self.continues = False  # the run says whether Lightning is about to restore a checkpoint
-        self.logits_at_once = logits_at_once
-        self.adapter = adapter
+        self.logits_at_once, self.adapter = logits_at_once, adapter
         self.model: Transformer | None = None
         self.n_batches = 0  # batches consumed: where the data goes on after a restart
         self.lr: float  # of the last step, where a parameter has no factor of its own
