@@ -91,6 +91,8 @@ def test_generate_refuses_a_wrong_setting(
         (["nope"], 64, "usage: python -m llm COMMAND"),
         (["prepare", "data.max_lenght=3"], 64, "data.max_lenght: 3 - no such key - did you mean data.max_length?"),
         (["prepare", "--help-me"], 64, "--help-me"),
+        (["prepare", "data.cache_dir="], 64, "data.cache_dir: '' - must be text of length at least 1"),
+        (["prepare", "data=files", "data.path="], 64, "path='' of a data source: is empty; name a file"),
         (["prepare", "data=files", "data.path=/nowhere.txt"], 65, "/nowhere.txt"),
         (["generate"], 64, "the following arguments are required: RUN"),
         (["generate", "/nowhere"], 74, "/nowhere: no checkpoint here"),

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, MinLen
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -59,7 +59,7 @@ class TextData(LightningDataModule):
         micro_batch_size: Annotated[int, Ge(1)] | None = None,
         val_every: Annotated[int, Ge(2)] | None = 20,
         document_mask: bool = True,
-        cache_dir: str = "~/.cache/llm-on-lightning",
+        cache_dir: Annotated[str, MinLen(1)] = "~/.cache/llm-on-lightning",
         num_workers: Annotated[int, Ge(0)] = 0,
         seed: int = 0,
     ) -> None:
@@ -77,7 +77,7 @@ class TextData(LightningDataModule):
         self.tasks: dict[str, Task] = dict(tasks or {"causal_lm": NextToken()})
         self.family = _family(self.tasks)
         self.recipe = tokenizer
-        self.sources: dict[str, Source] = dict(sources or {"files": Files(path or "", column)})
+        self.sources: dict[str, Source] = dict(sources or {"files": Files([] if path is None else path, column)})
         self.max_length = max_length
         self.target_length = _target_length(target_length, self.tasks, max_length)
         self.batch_size = batch_size

@@ -111,6 +111,12 @@ class Files(Source):
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
+        for key, paths in (("path", self.path), ("val_path", self.val_path)):
+            # An empty path is the current folder: whatever lies below it would be read.
+            if paths is not None and not (paths and all(paths)):
+                raise ValueError(
+                    f"{key}={paths!r} of a data source: is empty; name a file, a folder or a glob, or a list of these"
+                )
         if self.val_share is None:
             return
         if not 0 < self.val_share < 1:
@@ -123,10 +129,7 @@ class Files(Source):
 
     def files(self) -> list[Path]:
         paths: Iterable[str] = [self.path] if isinstance(self.path, str) else self.path
-        found = [file for path in paths for file in _expand(path)]
-        if not found:
-            raise DataError("data.path is an empty list: name at least one file")
-        return found
+        return [file for path in paths for file in _expand(path)]
 
     def documents(self) -> Iterator[str]:
         from llm.data.read import read

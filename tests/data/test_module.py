@@ -336,6 +336,9 @@ class TestRefused:
             TextData(Bytes(), sources={})
         with pytest.raises(ValueError, match=r"data\.val_every=1: must be at least 2, or null to hold nothing out"):
             TextData(Bytes(), path="a", val_every=1)
+        for path in ("", []):  # neither the current folder, nor the default
+            with pytest.raises(ValueError, match="of a data source: is empty; name a file"):
+                TextData(Bytes(), path=path)
 
     @pytest.mark.parametrize(
         ("world", "micro", "message"),

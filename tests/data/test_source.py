@@ -223,12 +223,18 @@ def test_a_document_too_large_to_hold_is_refused(tmp_path: Path, monkeypatch: py
     [
         ("nowhere.txt", r"nowhere\.txt: no such file or folder \(looked from /"),
         ("*.nothing", r"\*\.nothing: no file fits this pattern"),
-        ([], r"data\.path is an empty list: name at least one file"),
     ],
 )
 def test_missing_files(path: str | list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
         list(Files(path).documents())
+
+
+@pytest.mark.parametrize("path", ["", [], [""], ["a.txt", ""]])
+def test_an_empty_path_is_not_the_current_folder(path: str | list[str]) -> None:
+    for given in ({"path": path}, {"path": "a.txt", "val_path": path}):
+        with pytest.raises(ValueError, match=r"path=.* of a data source: is empty; name a file, a folder or a glob"):
+            Files(**given)  # type: ignore[arg-type]
 
 
 def test_a_folder_without_text(tmp_path: Path) -> None:
