@@ -88,6 +88,11 @@ def _generate_options(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(f"{' and '.join(given)}: one of them at a time")
     if options.system is not None and not options.chat:
         parser.error("--system: goes with --chat")
+    if "" in options.stop:
+        parser.error("--stop: is empty, and every text begins with that; give the text at which to end")
+    for name in ("stop", "n_beams", "alpha"):
+        if options.chat and getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')}: does not go with --chat, which draws until a turn ends")
     return options
 
 
@@ -133,11 +138,11 @@ def _completed(
     model: Transformer, tokenizer: Tokenizer, prompts: list[str], options: argparse.Namespace, generator: Generator
 ) -> list[str]:
     """The text of each prompt."""
-    from llm.generate import complete, until
+    from llm.generate import complete
 
-    settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "n_beams", "alpha")}
-    texts = complete(model, tokenizer, prompts, options.max_new_tokens, generator=generator, **settings)
-    return [until(text, options.stop) for text in texts]
+    names = ("temperature", "top_k", "top_p", "n_beams", "alpha", "stop")
+    settings = {name: getattr(options, name) for name in names}
+    return complete(model, tokenizer, prompts, options.max_new_tokens, generator=generator, **settings)
 
 
 def _chat(model: Transformer, tokenizer: Tokenizer, options: argparse.Namespace, generator: Generator) -> None:

@@ -98,6 +98,9 @@ def test_generate_refuses_a_wrong_setting(
         (["generate", "/nowhere"], 74, "/nowhere: no checkpoint here"),
         (["generate", "run", "--prompt", "a", "--chat"], 64, "--prompt and --chat: one of them at a time"),
         (["generate", "run", "--prompt", "a", "--system", "b"], 64, "--system: goes with --chat"),
+        (["generate", "run", "--prompt", "a", "--stop", ""], 64, "--stop: is empty"),
+        (["generate", "run", "--chat", "--n-beams", "2"], 64, "--n-beams: does not go with --chat"),
+        (["generate", "run", "--chat", "--stop", "x"], 64, "--stop: does not go with --chat"),
     ],
 )
 def test_mistakes(arguments: list[str], code: int, message: str, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.generate import answer, choose, continue_text, generate, room_for_prompt
+from llm.generate import answer, choose, complete, continue_text, generate, room_for_prompt
 from llm.model import Transformer, TransformerConfig
 from llm.tokenizer import Bytes
 
@@ -249,3 +249,15 @@ def test_an_answer_takes_no_more_than_a_quarter_of_the_context_from_its_prompt(
     found = answer(model, tokenizer, prompts, max_new)
     assert found == [tokenizer.decode(expected.tolist(), skip_special=True)] * 2
     assert f"1 of 2 inputs are cut to {room} tokens" in caplog.text
+
+
+def test_a_stop_ends_what_is_new_and_leaves_the_prompt() -> None:
+    tokenizer = Bytes().build([])
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(dim=16, n_layers=1, n_heads=2, vocab_size=257, max_length=24))
+    whole = continue_text(model, tokenizer, "a.b", 8, temperature=0)
+    new = whole.removeprefix("a.b")
+    assert len(new) > 2
+    assert continue_text(model, tokenizer, "a.b", 8, temperature=0, stop=["."]) == whole
+    assert continue_text(model, tokenizer, "a.b", 8, temperature=0, stop=[new[2:]]) == f"a.b{new[: new.find(new[2:])]}"
+    assert complete(model, tokenizer, ["a.b"], 8, temperature=0, stop=["a", new[0]]) == ["a.b"]
