@@ -214,6 +214,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     names = ("max_new_tokens", "batch_size", "n_beams", "alpha", "temperature")
     decoding = Decoding(**{name: getattr(options, name) for name in names})
     task = task_from(CONF / "data" / "tasks", chosen[-1].removeprefix("task=")) if chosen else None
+    out = options.out or beside(Path(options.run)) / "predictions.jsonl"
     found = scored(
         options.run,
         overrides,
@@ -224,9 +225,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         limit=options.limit,
         settings=_settings_of_weights,
         run_programs=options.run_programs,
+        out=out,
     )
-    out = options.out or beside(Path(options.run)) / "predictions.jsonl"
-    found.write(out)
     print(f"{table(found)}\n{out}: every prediction; {out.with_suffix('.scores.json').name}: the scores")
 
 

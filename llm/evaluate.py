@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from llm.data.supervised import Read, examples
 from llm.generate import answer
 from llm.generate.classify import extract, label_scores
 from llm.generate.score import likelihoods
-from llm.metric import METRICS, Score, mean, perplexities
+from llm.metric import METRICS, Score, check_installed, mean, perplexities, perplexity
 from llm.metric.code import verdicts
 from llm.model import Transformer
 from llm.tokenizer import Tokenizer
@@ -56,7 +56,9 @@ class Evaluation:
     def write(self, path: Path) -> None:
         """Predictions as JSON lines, and the scores beside them."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows), encoding="utf-8")
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows)
+        # Half of a surrogate pair cannot be encoded; this writes the escape that JSON has for it.
+        path.write_text(lines, encoding="utf-8", errors="backslashreplace")
         scores = {name: vars(score) for name, score in self.scores.items()}
         about = {"scores": scores, "n_rows": len(self.rows), "skipped": dict(self.skipped)}
         path.with_suffix(".scores.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -73,9 +75,10 @@ def evaluate(
     limit: int | None = None,
     run_programs: bool = False,
     settings: Callable[[Path], DictConfig] | None = None,
+    out: Path | None = None,
 ) -> Evaluation:
     """Score a run or step directory on the held-out rows of its data, or on all of the files that `data.path=…` among
-    the `overrides` names.
+    the `overrides` names. Whatever can be refused is refused before the model is loaded: answering takes hours.
 
     Args:
         task_node: what is done with the rows, as a file of conf/data/tasks has it; None: what the run was trained for.
@@ -84,20 +87,20 @@ def evaluate(
         limit: so many rows at most.
         run_programs: whether programs that the model has written may be run, with limits, as this process's user.
         settings: composes those of a run for a step directory that has none: weights that were imported.
+        out: where `Evaluation.write` is to put what was found; None: nowhere.
 
     Raises:
-        ConfigError: for a key that is none, a metric that is none, and data without a supervised task.
+        ConfigError: for a key that is none, a metric that is none, data without a supervised task, and an `out` that
+            cannot be written.
         DataError, CheckpointError: see there.
     """
     step = find(run)
     cfg = _overridden(_settings(step, settings), task_node, overrides)
     data: TextData = built(cfg.data)
     name, task = _task(data)
-    unknown = [metric for metric in metrics if metric not in METRICS]
-    if unknown:
-        raise ConfigError([f"--metric: {unknown[0]} - there is none of this name - take {', '.join(METRICS)}"])
-    if not (metrics or task.metrics):
-        raise ConfigError([f"data.tasks.{name}: is measured by val/accuracy - stage=validate resume={run} says it"])
+    metrics = _metrics(name, task, metrics, run)
+    if out is not None:
+        _check_out(out)
     if isinstance(task, WriteCode) and not run_programs:
         raise ConfigError([f"data.tasks.{name}: runs programs that a model has written, as you - add --run-programs"])
     model, tokenizer = load(step)
@@ -105,22 +108,46 @@ def evaluate(
     task.check(name, tokenizer)
     found = Evaluation()
     reads = _read(data, task, found, limit, everything=_names_files(overrides))
-    decoding = decoding or Decoding()
-    if isinstance(task, Likelihoods):
-        told, found.scores = _likely(model, tokenizer, task, reads, decoding.batch_size, n_bootstrap)
-    elif isinstance(task, Perplexity):
-        told, found.scores = _perplexity(model, tokenizer, task, reads, decoding.batch_size, n_bootstrap)
-    elif isinstance(task, WriteCode):
-        told, found.scores = _judged(task, reads, _predicted(model, tokenizer, task, reads, decoding), n_bootstrap)
-    else:
-        predictions = _predicted(model, tokenizer, task, reads, decoding)
-        told = [{"prediction": prediction} for prediction in predictions]
-        references = [task.references(read) for read in reads]
-        for metric in metrics or task.metrics:
-            found.scores |= METRICS[metric](predictions, references, n_bootstrap)
+    told, found.scores = _told(model, tokenizer, task, reads, decoding or Decoding(), n_bootstrap)
     for row, more, read in zip(found.rows, told, reads, strict=True):
         row |= {**more, "references": task.references(read)}
+    if out is not None:
+        found.write(out)  # whatever becomes of the scores
+    for metric in metrics:
+        predictions, references = ([row[key] for row in found.rows] for key in ("prediction", "references"))
+        found.scores |= METRICS[metric](predictions, references, n_bootstrap)
+    if out is not None:
+        found.write(out)
     return found
+
+
+def _metrics(name: str, task: Supervised, given: Sequence[str], run: str | Path) -> list[str]:
+    """Those by which the answers are compared with their references; none for a task that has scores of its own."""
+    unknown = [metric for metric in given if metric not in METRICS]
+    if unknown:
+        raise ConfigError([f"--metric: {unknown[0]} - there is none of this name - take {', '.join(METRICS)}"])
+    if isinstance(task, Likelihoods | Perplexity | WriteCode):
+        return []
+    if not (given or task.metrics):
+        raise ConfigError([f"data.tasks.{name}: is measured by val/accuracy - stage=validate resume={run} says it"])
+    metrics = list(given or task.metrics)
+    try:
+        check_installed(metrics)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    return metrics
+
+
+def _check_out(out: Path) -> None:
+    """Whether predictions can be written there, and the scores beside them."""
+    if out.is_dir():
+        raise ConfigError([f"--out: {out} - is a folder - name a file"])
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError([f"--out: {out} - one of the folders in it is a file - name another place"]) from None
+    if not os.access(out.parent, os.W_OK):
+        raise ConfigError([f"--out: {out} - its folder may not be written to - name another place"])
 
 
 def _read(data: TextData, task: Supervised, found: Evaluation, limit: int | None, *, everything: bool) -> list[Read]:
@@ -151,6 +178,25 @@ def table(found: Evaluation) -> str:
         lines.append(f"{name:<12}{score.value:8.2f}{interval}{'  ' + score.signature if score.signature else ''}")
     skipped = "".join(f", {n:,} left out: {rule}" for rule, n in found.skipped.items())
     return "\n".join([*lines, f"{len(found.rows):,} rows{skipped}"])
+
+
+def _told(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    task: Supervised,
+    reads: list[Read],
+    decoding: Decoding,
+    n_bootstrap: int,
+) -> tuple[list[dict[str, Any]], dict[str, Score]]:
+    """What the model says of each row, and the scores that the task has of its own."""
+    if isinstance(task, Likelihoods):
+        return _likely(model, tokenizer, task, reads, decoding.batch_size, n_bootstrap)
+    if isinstance(task, Perplexity):
+        return _perplexity(model, tokenizer, task, reads, decoding.batch_size, n_bootstrap)
+    predictions = _predicted(model, tokenizer, task, reads, decoding)
+    if isinstance(task, WriteCode):
+        return _judged(task, reads, predictions, n_bootstrap)
+    return [{"prediction": text} for text in predictions], {}
 
 
 def _predicted(
@@ -204,7 +250,7 @@ def _likely(
         told.append({"nats": total, "prediction": total.index(min(total)), "gold": gold})
     scores = {name: mean(values, n_bootstrap) for name, values in right.items() if values}
     if not right["accuracy_norm"]:
-        scores["perplexity"] = Score(math.exp(nats / n_tokens))
+        scores["perplexity"] = Score(perplexity(nats, n_tokens))
     return told, scores
 
 

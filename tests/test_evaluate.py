@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from llm.checkpoint.store import steps
 from llm.config import ConfigError
 from llm.data import DataError
 from llm.data.chat import opened
-from llm.evaluate import Decoding, evaluate, task_from
+from llm.evaluate import Decoding, Evaluation, evaluate, task_from
 from llm.generate import answer, generate
+from llm.metric import METRICS
 from llm.run import run
 from llm.talk import talk
 from tests.runs import TINY, Compose, composed
@@ -267,6 +269,31 @@ def test_what_cannot_be_evaluated_says_why(compose_run: Compose, tmp_path: Path,
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n' * 8)
     with pytest.raises(DataError, match="no column 'low' for source"):
         evaluate(tmp_path / "run", [f"data.path={tmp_path / 'other.jsonl'}"])
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_beginning(
+    compose_run: Compose, tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(compose_run(*capitals(pairs), "trainer.max_steps=1", "schedule.warmup_steps=0"))
+    command = ["evaluate", str(tmp_path / "run"), "--limit", "2", "--max-new-tokens", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("llm.evaluate.load", lambda step: pytest.fail("the model was loaded"))
+        with pytest.raises(ConfigError, match=r"--out: .* - is a folder - name a file"):
+            main_raising([*command, "--out", str(tmp_path)])
+        with pytest.raises(ConfigError, match=r"--out: .* - one of the folders in it is a file - name another place"):
+            main_raising([*command, "--out", str(pairs / "below" / "out.jsonl")])
+        patch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+        with pytest.raises(ConfigError, match="rouge_score is not installed: pip install"):
+            main_raising([*command, "--metric", "rouge"])
+    monkeypatch.setitem(METRICS, "bleu", lambda *arguments: pytest.fail("no scores"))
+    with pytest.raises(pytest.fail.Exception, match="no scores"):
+        main_raising([*command, "--metric", "bleu", "--out", str(tmp_path / "out.jsonl")])
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+
+
+def test_half_a_surrogate_pair_is_written_as_json_has_it(tmp_path: Path) -> None:
+    Evaluation(rows=[{"id": "a", "prediction": "\ud800 é"}]).write(tmp_path / "out.jsonl")
+    assert json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))["prediction"] == "\ud800 é"
 
 
 def main_raising(arguments: list[str]) -> None:

@@ -42,6 +42,14 @@ def unigram_nats(counts: Sequence[int]) -> float:
     return -sum(n / total * math.log(n / total) for n in counts if n) if total else math.nan
 
 
+def perplexity(nats: float, n: float) -> float:
+    """e to the mean of `nats` over `n`: infinite where that is more than a number can hold."""
+    try:
+        return math.exp(nats / n)
+    except OverflowError:
+        return math.inf
+
+
 def perplexities(
     nats: Sequence[float], n_tokens: Sequence[int], texts: Sequence[str], n_bootstrap: int = 0
 ) -> dict[str, Score]:
@@ -57,7 +65,7 @@ def perplexities(
 
     def scored(chosen: np.ndarray) -> list[float]:
         total, n, n_words, n_bytes = chosen.sum(0).tolist()
-        return [math.exp(total / n), math.exp(total / n_words), bits_per_byte(total, n_bytes)]
+        return [perplexity(total, n), perplexity(total, n_words), bits_per_byte(total, n_bytes)]
 
     found = bootstrapped(scored, counts, n_bootstrap)
     return dict(zip(("perplexity", "word_perplexity", "bits_per_byte"), found, strict=True))

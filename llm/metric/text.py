@@ -24,20 +24,20 @@ Metric = Callable[[Texts, References, int], dict[str, Score]]
 
 def bleu(texts: Texts, references: References, n_bootstrap: int = 0) -> dict[str, Score]:
     """Corpus BLEU (Papineni et al. 2002) by sacrebleu (Post 2018), tokenised by its 13a."""
-    metric = _library("sacrebleu.metrics").BLEU()
+    metric = _library(_LIBRARIES["bleu"]).BLEU()
     return {"bleu": _sacrebleu(metric, texts, references, n_bootstrap)}
 
 
 def chrf(texts: Texts, references: References, n_bootstrap: int = 0) -> dict[str, Score]:
     """Character F-score chrF2 (Popović 2015) by sacrebleu."""
-    metric = _library("sacrebleu.metrics").CHRF()
+    metric = _library(_LIBRARIES["chrf"]).CHRF()
     return {"chrf": _sacrebleu(metric, texts, references, n_bootstrap)}
 
 
 def rouge(texts: Texts, references: References, n_bootstrap: int = 0) -> dict[str, Score]:
     """ROUGE-1, -2 and -L (Lin 2004), F1 with stems by rouge-score, in per cent; of several references the best one."""
     kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = _library("rouge_score.rouge_scorer").RougeScorer(kinds, use_stemmer=True)
+    scorer = _library(_LIBRARIES["rouge"]).RougeScorer(kinds, use_stemmer=True)
     found = [scorer.score_multi(list(several), text) for text, several in zip(texts, references, strict=True)]
     return {
         kind: mean([100 * scores[kind].fmeasure for scores in found], n_bootstrap, "rouge-score, stemmed")
@@ -115,6 +115,16 @@ METRICS: dict[str, Metric] = {
     "distinct": distinct,
     "tags": tags,
 }
+
+
+_LIBRARIES = {"bleu": "sacrebleu.metrics", "chrf": "sacrebleu.metrics", "rouge": "rouge_score.rouge_scorer"}
+
+
+def check_installed(metrics: Sequence[str]) -> None:
+    """Raises ValueError if one of METRICS wants a library that is not here: to be known before texts are generated."""
+    for metric in metrics:
+        if metric in _LIBRARIES:
+            _library(_LIBRARIES[metric])
 
 
 def _library(name: str) -> Any:

@@ -11,6 +11,7 @@ from llm.metric import (
     bits_per_byte,
     gzip_bits_per_byte,
     model_flops_utilisation,
+    perplexities,
     unigram_bits_per_byte,
 )
 
@@ -25,6 +26,12 @@ def test_unigram_is_the_entropy_of_the_bytes(texts: list[str]) -> None:
     raw = "".join(texts).encode()
     entropy = -sum(raw.count(b) / len(raw) * math.log2(raw.count(b) / len(raw)) for b in set(raw))
     assert unigram_bits_per_byte(texts) == pytest.approx(entropy, abs=1e-9)
+
+
+def test_a_perplexity_that_no_number_holds_is_infinite() -> None:
+    found = perplexities([3000.0, 2.0], [4, 2], ["oneword", "two words"])
+    assert found["perplexity"].value == pytest.approx(math.exp(3002 / 6))
+    assert found["word_perplexity"].value == math.inf
 
 
 def test_unigram_of_all_bytes_once_is_eight() -> None:
