@@ -123,8 +123,7 @@ def _data(account: Account) -> list[str]:
 
 def _passes(account: Account) -> list[str]:
     counts = Counter(_source(account, sample) for line in account.steps.values() for sample in line["samples"])
-    rows = account.events[0]["rows"] if account.events else {}
-    return [f"{name}: {counts[name]} of {n} rows, {counts[name] / max(n, 1):.2f} passes" for name, n in rows.items()]
+    return [f"{name}: {counts[name]} of {n} rows, {counts[name] / n:.2f} passes" for name, n in account.rows.items()]
 
 
 def _without_update(account: Account) -> list[str]:
@@ -145,7 +144,7 @@ def _loss(line: ledger.Line) -> float:
 
 
 def _source(account: Account, sample: int) -> str:
-    for name, n_rows in account.events[0]["rows"].items():
+    for name, n_rows in account.rows.items():
         if sample < n_rows:
             return name
         sample -= n_rows

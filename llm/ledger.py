@@ -94,6 +94,11 @@ class Account:
     mistakes: list[str] = field(default_factory=list)
     chains: dict[str, int] = field(default_factory=dict)  # the number of the line that each seals
 
+    @property
+    def rows(self) -> dict[str, int]:
+        """How many each source has, by the first start; none where no start is left."""
+        return self.events[0]["rows"] if self.events else {}
+
 
 def read(run_dir: str | Path) -> Account:
     """Read and check a ledger: every seal, every step after the one before, every sample once in each pass.
@@ -108,7 +113,9 @@ def read(run_dir: str | Path) -> Account:
         if line is None:
             continue
         account.chains[line.pop("chain")] = number
-        if "event" in line:
+        if not _is_written(line):
+            account.mistakes.append(f"line {number}: holds what no ledger is given")
+        elif "event" in line:
             undone = [step for step in account.steps if step > line["step"]]
             account.n_undone += len(undone)
             for step in undone:
@@ -139,12 +146,35 @@ def _lines(path: Path) -> Iterator[tuple[int, Line | None, str | None]]:
                 line: Line = json.loads(raw)
                 found = line["chain"]
                 bare = {key: value for key, value in line.items() if key != "chain"}
-            except (ValueError, KeyError, AttributeError):
+                hash(found)  # by which it is kept
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 yield number, None, "is no line of a ledger"
                 continue
             expected = chained(chain, bare)
             yield number, line, None if found == expected else "was altered, or a line before it is lost or added"
             chain = found
+
+
+_STEP = {"step": int, "batch": int, "samples": str}
+_EVENT = {"step": int, "event": str, "world_size": int, "data": str, "rows": dict}
+_ROLLBACK = {"cause": str, "found": int, "left_out": list}
+
+
+def _is_written(line: Line) -> bool:
+    """Whether a line holds what `append` is given: one that was altered may hold anything."""
+    wanted: dict[str, type] = _EVENT if "event" in line else _STEP
+    wanted = wanted | (_ROLLBACK if line.get("event") == "rollback" else {})
+    if any(type(line.get(key)) is not kind for key, kind in wanted.items()):
+        return False
+    if "event" in line:
+        counts = all(type(n) is int and n > 0 for n in line["rows"].values())
+        return counts and isinstance(line.get("after"), str | None) and len(line.get("left_out", "ab")) == 2
+    try:
+        unpacked(line["samples"])
+        float.fromhex("nan" if line["loss"] is None else line["loss"])
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return False
+    return True
 
 
 def passes(account: Account) -> list[str]:
@@ -157,7 +187,7 @@ def passes(account: Account) -> list[str]:
         return ["there is no start"]
     mistakes, first = [], 0
     drawn = [sample for step in sorted(account.steps) for sample in account.steps[step]["samples"]]
-    for name, n_rows in account.events[0]["rows"].items():
+    for name, n_rows in account.rows.items():
         mine = [sample for sample in drawn if first <= sample < first + n_rows]
         for number, at in enumerate(range(0, len(mine), n_rows)):
             one = mine[at : at + n_rows]

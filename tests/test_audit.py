@@ -129,6 +129,40 @@ def test_one_alteration_is_found(audited: Path, tmp_path: Path, number: int, cha
     assert SOUND not in report
 
 
+START = {"event": "start", "step": 0, "world_size": 1, "data": "a", "rows": {"a": 9}}
+STEP = {"step": 1, "batch": 0, "samples": ledger.packed([1, 2]), "loss": (1.5).hex()}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([STEP], "there is no start"),
+        ([START, STEP | {"samples": "1:AQ="}], "line 2: holds what no ledger is given"),
+        ([START, STEP | {"samples": "0:AQ=="}], "line 2: holds what no ledger is given"),
+        ([START, {"step": 1, "batch": 0, "loss": None}], "line 2: holds what no ledger is given"),
+        ([START, STEP | {"step": "1"}], "line 2: holds what no ledger is given"),
+        ([START, STEP | {"loss": "much"}], "line 2: holds what no ledger is given"),
+        ([START | {"rows": {"a": 0}}, STEP], "line 1: holds what no ledger is given"),
+        ([START, START | {"event": "rollback"}], "line 2: holds what no ledger is given"),
+        ([START, STEP, START | {"after": []}], "line 3: holds what no ledger is given"),
+    ],
+)
+def test_what_no_ledger_holds_is_damage_and_not_a_crash(
+    tmp_path: Path, lines: list[ledger.Line], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger.Ledger(tmp_path).append(lines)
+    with pytest.raises(SystemExit) as left:
+        main(["audit", str(tmp_path)])
+    assert left.value.code == 74
+    assert f"wrong: {message}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["[1]", "3", '{"chain": []}', '{"chain": {}}', "[" * 99999])
+def test_a_line_of_another_kind_is_no_line_of_a_ledger(tmp_path: Path, line: str) -> None:
+    (tmp_path / ledger.NAME).write_text(f"{line}\n")
+    assert ledger.read(tmp_path).mistakes == ["line 1: is no line of a ledger"]
+
+
 def test_a_ledger_that_is_sealed_and_wrong_is_found(whole: Path, tmp_path: Path) -> None:
     """By its own arithmetic: a sample used twice, a batch left out."""
     book, account = ledger.Ledger(tmp_path), ledger.read(whole)
