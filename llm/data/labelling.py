@@ -15,7 +15,7 @@ from llm.data.example import IGNORED, Fields, enclosed
 from llm.data.source import DataError, Row, check_weight
 from llm.data.supervised import Answers, BadRowError, BadRows, Example, Read, Supervised
 from llm.data.task import Widths
-from llm.data.template import Template, value_of
+from llm.data.template import Template, encodable, value_of
 from llm.tokenizer import Tokenizer
 
 
@@ -138,7 +138,7 @@ class Tag(OfLabels):
         if len(words) != len(tags):
             raise BadRowError(where, f"{len(words)} words and {len(tags)} tags", "give each word one")
         numbers = [self.number(tag, where) for tag in tags]
-        return Read([str(word) for word in words], numbers)
+        return Read([encodable(str(word), self.words, where) for word in words], numbers)
 
     def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[Any]:
         """Each word behind a blank but for the first, as it stands in a text."""

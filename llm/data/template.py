@@ -8,6 +8,7 @@ from string import Formatter
 from typing import Any
 
 from llm.data.source import DataError, Row
+from llm.data.supervised import BadRowError
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,23 @@ def value_of(row: Row, column: str, where: str, key: str) -> Any:
     raise DataError(f"{where}: no column {column!r} for {key}; it has {names} - {hint}")
 
 
+def encodable(text: str, column: str, where: str) -> str:
+    """The text of a column. Raises BadRowError for half of a surrogate pair in it, which no tokenizer takes."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            rule = f"column {column!r} has half of a surrogate pair"
+            raise BadRowError(where, rule, "repair the escape in the file") from None
+    return text
+
+
 def _text(row: Row, column: str, where: str, key: str) -> str:
     value = value_of(row, column, where, key)
     if value is None:
         return ""
     if isinstance(value, str | int | float):
-        return str(value)
+        return encodable(str(value), column, where)
     if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
-        return "\n".join(value)
+        return encodable("\n".join(value), column, where)
     raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text; name another one in {key}")

@@ -14,7 +14,7 @@ from llm.data.example import IGNORED
 from llm.data.source import DataError, Row, check_weight
 from llm.data.supervised import Answers, BadRowError, BadRows, Example, Read, Supervised
 from llm.data.task import Widths
-from llm.data.template import Template, value_of
+from llm.data.template import Template, encodable, value_of
 from llm.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
@@ -184,7 +184,7 @@ class Dialogue(Supervised):
             raise BadRowError(where, f"unknown role {role!r}", f"map it with roles: {{{role}: user}}")
         if not isinstance(content, str):
             raise BadRowError(where, f"{self.content!r} holds {type(content).__name__}", "it must be text")
-        return Turn(known, content)
+        return Turn(known, encodable(content, self.content, where))
 
 
 @dataclass(frozen=True)

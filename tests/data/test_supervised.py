@@ -285,6 +285,14 @@ BAD: list[tuple[Supervised, dict[str, Any], str]] = [
         "answer 'text' is not at 2 of its context",
     ),
     (ExtractSpan(), {"question": "q", "context": " ", "answers": []}, "the context is empty"),
+    (TextToText("{en}", "{de}"), {"en": "a\ud800", "de": "b"}, "column 'en' has half of a surrogate pair"),
+    (Prompted("{p}", "{a}"), {"p": "a", "a": ["b", "\udfff"]}, "column 'a' has half of a surrogate pair"),
+    (
+        Dialogue(),
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        "column 'content' has half of a surrogate pair",
+    ),
+    (Tag(labels=["a", "b"]), {"tokens": ["\ud800"], "tags": ["a"]}, "column 'tokens' has half of a surrogate pair"),
 ]
 
 
