@@ -132,7 +132,8 @@ class Tag(OfLabels):
             value_of(row, column, where, key) for column, key in ((self.words, "words"), (self.tags, "tags"))
         )
         if not isinstance(words, list | tuple) or not isinstance(tags, list | tuple):
-            raise DataError(f"{where}: {self.words!r} and {self.tags!r} must be lists, of words and of their labels")
+            rule = f"{self.words!r} and {self.tags!r} are not two lists, of words and of their labels"
+            raise BadRowError(where, rule, "name their columns in words and tags")
         if not words:
             raise BadRowError(where, "there are no words", "remove the row")
         if len(words) != len(tags):
@@ -280,12 +281,14 @@ def _check_labels(labels: Sequence[str]) -> None:
 
 def _answers(given: Any, where: str) -> list[tuple[str, int]]:
     """Text and place of each answer, from either form."""
-    if isinstance(given, Mapping) and {"text", "answer_start"} <= given.keys():
-        pairs = [*zip(given["text"], given["answer_start"], strict=True)]
+    texts, starts = (given.get(key) for key in ("text", "answer_start")) if isinstance(given, Mapping) else (None, None)
+    if isinstance(texts, list | tuple) and isinstance(starts, list | tuple) and len(texts) == len(starts):
+        pairs = [*zip(texts, starts, strict=True)]
     elif isinstance(given, list | tuple) and all(isinstance(one, Mapping) for one in given):
         pairs = [(one.get("text"), one.get("answer_start")) for one in given]
     else:
-        raise DataError(f"{where}: the answers are no list of objects with text and answer_start, nor one of lists")
+        rule = "the answers are no list of objects with text and answer_start, nor one object with two lists as long"
+        raise BadRowError(where, rule, "name another answers_column")
     for text, start in pairs:
         if not isinstance(text, str) or not isinstance(start, int):
             raise BadRowError(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Gt
 
-from llm.data.source import DataError, Row, check_weight
+from llm.data.source import Row, check_weight
 from llm.data.supervised import BadRowError, BadRows, Example, Read, Supervised
 from llm.data.task import Widths
 from llm.data.template import Template, value_of
@@ -81,7 +81,7 @@ class Choose(Likelihoods):
             value_of(row, column, where, key) for key, column in (("choices", self.choices), ("gold", self.gold))
         )
         if not isinstance(choices, list | tuple) or len(choices) < 2:
-            raise DataError(f"{where}: column {self.choices!r} holds no list of at least two choices")
+            raise BadRowError(where, f"column {self.choices!r} holds no list of at least two choices", "give some more")
         if type(gold) is not int or not 0 <= gold < len(choices):
             raise BadRowError(where, f"{self.gold!r} is {gold!r}", f"it must be from 0 to {len(choices) - 1}")
         context, continuation = self.templates

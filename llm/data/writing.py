@@ -11,7 +11,7 @@ from annotated_types import Gt
 
 from llm.data.chat import Turn, opened, rendered
 from llm.data.example import IGNORED
-from llm.data.source import DataError, Row, check_weight
+from llm.data.source import Row, check_weight
 from llm.data.supervised import Answers, BadRowError, BadRows, Example, Read, Supervised
 from llm.data.task import Widths
 from llm.data.template import Template, encodable, value_of
@@ -167,19 +167,19 @@ class Dialogue(Supervised):
     def _turns(self, row: Row, where: str) -> Sequence[Any]:
         turns = value_of(row, self.messages, where, "messages")
         if not isinstance(turns, list | tuple):
-            raise DataError(f"{where}: column {self.messages!r} holds {type(turns).__name__}, not a list of turns")
+            rule = f"column {self.messages!r} holds {type(turns).__name__}, not a list of turns"
+            raise BadRowError(where, rule, "name the column in messages")
         return turns
 
     def _turn(self, turn: Any, where: str) -> Turn:
         if not isinstance(turn, Mapping):
-            raise DataError(
-                f"{where}: holds {type(turn).__name__}, not an object with {self.role!r} and {self.content!r}"
-            )
+            rule = f"holds {type(turn).__name__}, not an object with {self.role!r} and {self.content!r}"
+            raise BadRowError(where, rule, "write one for each turn")
         role, content = (
             value_of(dict(turn), self.role, where, "role"),
             value_of(dict(turn), self.content, where, "content"),
         )
-        known = (self.roles or {}).get(role, role)
+        known = (self.roles or {}).get(role, role) if isinstance(role, str) else None
         if known not in ROLES:
             raise BadRowError(where, f"unknown role {role!r}", f"map it with roles: {{{role}: user}}")
         if not isinstance(content, str):

@@ -293,6 +293,20 @@ BAD: list[tuple[Supervised, dict[str, Any], str]] = [
         "column 'content' has half of a surrogate pair",
     ),
     (Tag(labels=["a", "b"]), {"tokens": ["\ud800"], "tags": ["a"]}, "column 'tokens' has half of a surrogate pair"),
+    (Dialogue(), {"messages": [{"role": ["user"], "content": "a"}]}, r"unknown role \['user'\]"),
+    (Dialogue(), {"messages": None}, "column 'messages' holds NoneType, not a list of turns"),
+    (Dialogue(), {"messages": ["a"]}, "holds str, not an object with 'role' and 'content'"),
+    (Tag(labels=["a", "b"]), {"tokens": "x", "tags": ["a"]}, "'tokens' and 'tags' are not two lists, of words and .*"),
+    *(
+        (ExtractSpan(), {"question": "q", "context": "me", "answers": answers}, "the answers are no list of objects .*")
+        for answers in (
+            {"text": ["me"], "answer_start": []},
+            {"text": None, "answer_start": None},
+            {"text": "me", "answer_start": 0},
+            None,
+            ["me"],
+        )
+    ),
 ]
 
 
