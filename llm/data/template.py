@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
-from llm.data.source import DataError, Row
+from llm.data.source import Row
 from llm.data.supervised import BadRowError
 
 
@@ -39,20 +39,20 @@ class Template:
         return [name for _, name, _, _ in Formatter().parse(self.text) if name]
 
     def fill(self, row: Row, where: str) -> str:
-        """The text of a row; null is no text, texts in a list stand below each other. Raises DataError: no such column,
-        or something else in it."""
+        """The text of a row; null is no text, texts in a list stand below each other. Raises BadRowError: no such
+        column, or something else in it."""
         values = {name: _text(row, name, where, self.key) for name in self.columns}
         return self.text.format_map(values)
 
 
 def value_of(row: Row, column: str, where: str, key: str) -> Any:
-    """What `column` of a row holds. Raises DataError, naming the `key` that wants it, if there is no such column."""
+    """What `column` of a row holds. Raises BadRowError, naming the `key` that wants it, if there is no such column."""
     if column in row:
         return row[column]
     names = ", ".join(map(repr, row))
     near = get_close_matches(column, map(str, row), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"name one of these in {key}"
-    raise DataError(f"{where}: no column {column!r} for {key}; it has {names} - {hint}")
+    hint = f"name {near[0]!r}" if near else f"name one of these in {key}"
+    raise BadRowError(where, f"no column {column!r} for {key}", f"it has {names} - {hint}")
 
 
 def encodable(text: str, column: str, where: str) -> str:
@@ -74,4 +74,4 @@ def _text(row: Row, column: str, where: str, key: str) -> str:
         return encodable(str(value), column, where)
     if isinstance(value, list | tuple) and all(isinstance(one, str) for one in value):
         return encodable("\n".join(value), column, where)
-    raise DataError(f"{where}: column {column!r} holds {type(value).__name__}, not text; name another one in {key}")
+    raise BadRowError(where, f"column {column!r} holds {type(value).__name__}, not text", f"name another one in {key}")
