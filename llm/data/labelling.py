@@ -39,14 +39,15 @@ class OfLabels(Enclosed):
 
     @cached_property
     def numbers(self) -> dict[str, int]:
-        """Name of a label -> its number."""
-        return {name: number for number, name in enumerate(self.labels)}
+        """Name of a label, or its number as a text, which is what CSV has -> its number; of names that are numbers
+        themselves only the names, since what else is a number is a mistake there."""
+        names = {name: number for number, name in enumerate(self.labels)}
+        are_numbers = any(name.isdecimal() for name in self.labels)
+        return names if are_numbers else {str(number): number for number in range(len(self.labels))} | names
 
     def number(self, label: Any, where: str) -> int:
         """Of a label as the data has it: its name, or its number. Raises BadRowError."""
-        found = self.numbers.get(str(label))
-        if found is None and type(label) is int and 0 <= label < len(self.labels):
-            return label
+        found = None if label is None else self.numbers.get(str(label))
         if found is None:
             shown = ", ".join(self.labels[:8]) + (", …" if len(self.labels) > 8 else "")
             raise BadRowError(where, f"label {label!r} is not in labels ({shown})", "add it")

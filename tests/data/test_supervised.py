@@ -335,8 +335,17 @@ def test_labels_are_names_or_numbers() -> None:
     task = Classify(labels=["0", "1"])
     assert [task.number(label, "here") for label in ("0", "1", 0, 1)] == [0, 1, 0, 1]
     assert Classify(labels=["neg", "pos"]).number(1, "here") == 1
-    with pytest.raises(BadRowError):
-        Classify(labels=["neg", "pos"]).number(True, "here")
+    assert [Classify(labels=["neg", "pos"]).number(label, "here") for label in ("0", "1")] == [0, 1], "as in CSV"
+    assert Classify(labels=["1", "2"]).number("1", "here") == 0
+    wrong: list[tuple[list[str], Any]] = [
+        (["neg", "pos"], True),
+        (["neg", "pos"], "2"),
+        (["None", "pos"], None),
+        (["1", "2"], 0),
+    ]
+    for labels, label in wrong:
+        with pytest.raises(BadRowError):
+            Classify(labels=labels).number(label, "here")
 
 
 # Through the data module
