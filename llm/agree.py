@@ -48,7 +48,7 @@ def agree(
         CheckpointError: if `init_from` names no checkpoint.
     """
     mistakes = [*_vocabulary_and_length(model, data), *_family(model, data, objective)]
-    mistakes += [] if here is None else _devices(cfg)
+    mistakes += _numbered(cfg) or ([] if here is None else _devices(cfg))
     world_size = _n_devices(cfg) * cfg.trainer.num_nodes
     problems = strategy.problems(
         model, world_size, cfg.trainer.accelerator, cfg.trainer.precision, data.tells_documents
@@ -330,7 +330,17 @@ def _n_devices(cfg: DictConfig) -> int:
         return wanted
     if wanted in ("auto", -1):
         return max(1, torch.cuda.device_count()) if cfg.trainer.accelerator != "cpu" else 1
-    return len(wanted)
+    return max(1, len(wanted))  # of none, which is a mistake, something that others can be judged with
+
+
+def _numbered(cfg: DictConfig) -> list[str]:
+    """Whether trainer.devices is a number where devices have none of their own."""
+    wanted = cfg.trainer.devices
+    if wanted == []:
+        return ["trainer.devices: [] - names no device - give how many each node is to have"]
+    if cfg.trainer.accelerator == "cpu" and wanted != "auto" and (wanted == -1 or not isinstance(wanted, int)):
+        return [f"trainer.devices: {wanted} - a CPU is not several - give a number of processes, as trainer.devices=2"]
+    return []
 
 
 def _devices(cfg: DictConfig) -> list[str]:

@@ -137,6 +137,20 @@ def test_families_that_do_not_fit_together(compose_run: Compose, overrides: list
         run(compose_run(*overrides))
 
 
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ("-1", "trainer.devices: -1 - a CPU is not several - give a number of processes"),
+        ("[0]", r"trainer.devices: \[0\] - a CPU is not several"),
+        ("[]", r"trainer.devices: \[\] - names no device - give how many"),
+    ],
+)
+def test_a_cpu_has_no_devices_to_name(compose_run: Compose, devices: str, message: str) -> None:
+    cfg = compose_run("trainer.accelerator=cpu", f"trainer.devices={devices}", "strategy=ddp")
+    with pytest.raises(ConfigError, match=f"1 mistake.*\n  {message}"):
+        run(cfg)
+
+
 @pytest.mark.parametrize(("key", "value", "steps"), [("max_tokens", 2000, 8), ("max_epochs", 1, None)])
 def test_length_in_tokens_or_epochs(
     compose_run: Compose, tmp_path: Path, key: str, value: int, steps: int | None
