@@ -45,7 +45,7 @@ from llm.checkpoint import (
 )
 from llm.config import ConfigError, check
 from llm.console import quiet, speak
-from llm.data import TextData
+from llm.data import DataError, TextData
 from llm.exit import RunExistsError, as_rank, before_begun, finished, guarded, recorded, write_end
 from llm.guard import DivergedError, RollBackError, Window
 from llm.launch import place
@@ -138,6 +138,8 @@ def prepare(cfg: DictConfig, share: tuple[int, int] | None = None) -> None:
     if share is not None:
         try:
             complete = data.prepare_share(*share)
+        except DataError:
+            raise
         except ValueError as error:
             raise ConfigError([str(error)]) from error
         if not complete:
