@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,14 +23,24 @@ class Parser(argparse.ArgumentParser):
         self.exit(64, f"{self.prog}: {message}\n")
 
 
-def compose(overrides: Sequence[str], elsewhere: Callable[[DictConfig], bool] = lambda cfg: False) -> DictConfig:
-    """The configuration that train.py would run with these overrides, checked.
+# Of a sweep, as argparse and Hydra take it.
+_SWEEPS = re.compile(r"-m|--m\w*|\+*hydra\.mode=MULTIRUN")
+
+
+def compose(
+    overrides: Sequence[str], elsewhere: Callable[[DictConfig], bool] = lambda cfg: False, *, sweeps: bool = False
+) -> DictConfig:
+    """The configuration that train.py would run with these overrides, checked; with `sweeps` perhaps of the first run
+    of several.
 
     Raises:
         ConfigError: with every mistake. What takes Lightning to judge is left out where `elsewhere` is true.
     """
     from llm.config import ConfigError, check_overrides, register
 
+    asked = [text for text in overrides if _SWEEPS.fullmatch(text)]
+    if asked and not sweeps:
+        raise ConfigError([f"{asked[0]}: sweeps over several runs, and this command is for one - leave it out"])
     register()
     cfg = check_overrides(overrides, CONF, elsewhere=elsewhere)
     if cfg is None:

@@ -61,6 +61,16 @@ def test_a_share_that_there_is_not(settings: list[str], capfd: pytest.CaptureFix
         assert told in capfd.readouterr().err
 
 
+def test_a_share_of_data_that_cannot_be_used(
+    settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(SystemExit) as refused:
+        main(["prepare", "--share", "0/2", *settings, f"data.path={tmp_path / 'empty.jsonl'}"])
+    assert refused.value.code == 65
+    assert "empty.jsonl: the file is empty" in capfd.readouterr().err
+
+
 def test_generate_continues_each_prompt(
     compose_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,6 +101,8 @@ def test_generate_refuses_a_wrong_setting(
         (["nope"], 64, "usage: python -m llm COMMAND"),
         (["prepare", "data.max_lenght=3"], 64, "data.max_lenght: 3 - no such key - did you mean data.max_length?"),
         (["prepare", "--help-me"], 64, "--help-me"),
+        (["prepare", "-m", "seed=1,2"], 64, "-m: sweeps over several runs, and this command is for one - leave it"),
+        (["plan", "--multirun", "seed=1,2"], 64, "--multirun: sweeps over several runs"),
         (["prepare", "data.cache_dir="], 64, "data.cache_dir: '' - must be text of length at least 1"),
         (["prepare", "data=files", "data.path="], 64, "path='' of a data source: is empty; name a file"),
         (["prepare", "data=files", "data.path=/nowhere.txt"], 65, "/nowhere.txt"),

@@ -36,7 +36,7 @@ def submit(arguments: Sequence[str]) -> None:
 
 def where(arguments: Sequence[str]) -> None:
     """Check a command line of train.py, and print the directory of its run: what the templates of slurm/ ask first."""
-    print(Path(compose(list(arguments), elsewhere=lambda cfg: True).run_dir))
+    print(Path(compose(list(arguments), elsewhere=lambda cfg: True, sweeps=True).run_dir))
 
 
 def combination(arguments: Sequence[str]) -> None:

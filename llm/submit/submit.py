@@ -69,7 +69,7 @@ def planned(
         os.environ.pop(variable, None)
     os.environ["LLM_RUN_ID"] = made_run_id()
     swept = combinations(arguments) if kind == "sweep" else None
-    cfg = compose(["-m", *arguments] if kind == "sweep" else arguments)  # of a sweep that of the first run
+    cfg = compose(["-m", *arguments] if kind == "sweep" else arguments, sweeps=True)  # of a sweep that of the first run
     cluster = cluster_of(cfg)
     name = _named(cfg, kind)
     run_dir = Path(cfg.run_dir) if kind == "train" else Path("runs") / name.name
