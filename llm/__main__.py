@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.cluster import commands as cluster
-from llm.command import CONF, Parser, beside, compose
+from llm.command import CONF, Parser, at_least, beside, compose
 from llm.plan import commands as planning
 from llm.submit import commands as submitting
 from llm.sweep import commands as sweep
@@ -194,15 +194,17 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--metric", action="append", default=[], help="instead of the task's; may be given several times"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--n-beams", type=int, default=1, help="more than 1 search for the likeliest text")
-    parser.add_argument("--alpha", type=float, default=0.6, help="with beams, how much longer texts are favoured")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128)
+    parser.add_argument("--batch-size", type=at_least(1), default=32)
+    parser.add_argument("--n-beams", type=at_least(1), default=1, help="more than 1 search for the likeliest text")
     parser.add_argument(
-        "--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N drawings of the rows"
+        "--alpha", type=at_least(0.0, float), default=0.6, help="with beams, how much longer texts are favoured"
     )
-    parser.add_argument("--limit", type=int, help="so many rows at most")
+    parser.add_argument("--temperature", type=at_least(0.0, float), default=0.0, help="0 takes the likeliest token")
+    parser.add_argument(
+        "--bootstrap", type=at_least(0), default=0, metavar="N", help="95%% intervals from N drawings of the rows"
+    )
+    parser.add_argument("--limit", type=at_least(1), help="so many rows at most")
     parser.add_argument("--run-programs", action="store_true", help="task=code: run what the model writes, with limits")
     parser.add_argument("--out", type=Path, help="where predictions go (default RUN/predictions.jsonl)")
     options, overrides = parser.parse_known_args(list(arguments))

@@ -127,6 +127,8 @@ def _metrics(name: str, task: Supervised, given: Sequence[str], run: str | Path)
     if unknown:
         raise ConfigError([f"--metric: {unknown[0]} - there is none of this name - take {', '.join(METRICS)}"])
     if isinstance(task, Likelihoods | Perplexity | WriteCode):
+        if given:
+            raise ConfigError([f"--metric: {given[0]} - data.tasks.{name} has scores of its own - leave it out"])
         return []
     if not (given or task.metrics):
         raise ConfigError([f"data.tasks.{name}: is measured by val/accuracy - stage=validate resume={run} says it"])

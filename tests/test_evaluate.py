@@ -384,6 +384,8 @@ def test_whole_texts_are_read_in_windows(
         assert found.scores["word_perplexity"].value == pytest.approx(math.exp(sum(wanted) / n_words), rel=1e-3)
         n_tokens = sum(len(tokenizer.encode(text)) for text in texts)
         assert found.scores["perplexity"].value == pytest.approx(math.exp(sum(wanted) / n_tokens), rel=1e-3)
+    with pytest.raises(ConfigError, match=r"--metric: bleu - data\.tasks\.perplexity has scores of its own"):
+        evaluate(tmp_path / "run", [f"data.path={path}"], task_from(TASKS, "perplexity"), metrics=["bleu"])
     main(["evaluate", str(tmp_path / "run"), "task=perplexity", f"data.path={path}"])
     assert "bits_per_byte" in capsys.readouterr().out
 
