@@ -104,7 +104,7 @@ def main(settings: dict[str, Any]) -> None:
         adam_beta2=adamw["betas"][1],
         adam_epsilon=adamw["eps"],
         max_grad_norm=settings["clip_norm"],
-        lr_scheduler_type="constant",
+        lr_scheduler_type=settings.get("schedule", "constant"),
         optim="adamw_torch_fused",
         logging_steps=LOG_EVERY,
         save_strategy="no",
