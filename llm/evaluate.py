@@ -156,7 +156,8 @@ def _read(data: TextData, task: Supervised, found: Evaluation, limit: int | None
     """What the task makes of each row; what is no example is counted, or refused."""
     kept = list(islice(examples(task, data.held_out(everything=everything), found.skipped), limit))
     if not kept:
-        raise DataError(f"nothing to evaluate on: no row is an example of data.tasks.{', '.join(data.tasks)}")
+        why = "".join(f"; {n:,} left out: {rule}" for rule, n in found.skipped.items())
+        raise DataError(f"nothing to evaluate on: no row is an example of data.tasks.{', '.join(data.tasks)}{why}")
     found.rows += [{"id": where} for _, where in kept]
     return [read for read, _ in kept]
 

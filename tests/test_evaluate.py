@@ -386,6 +386,9 @@ def test_whole_texts_are_read_in_windows(
         assert found.scores["perplexity"].value == pytest.approx(math.exp(sum(wanted) / n_tokens), rel=1e-3)
     with pytest.raises(ConfigError, match=r"--metric: bleu - data\.tasks\.perplexity has scores of its own"):
         evaluate(tmp_path / "run", [f"data.path={path}"], task_from(TASKS, "perplexity"), metrics=["bleu"])
+    (tmp_path / "other.jsonl").write_text('{"body": "a dog"}\n' * 3)
+    with pytest.raises(DataError, match=r"no row is an example of data\.tasks\.perplexity; 3 left out: .*'text'"):
+        evaluate(tmp_path / "run", [f"data.path={tmp_path / 'other.jsonl'}"], task_from(TASKS, "perplexity"))
     main(["evaluate", str(tmp_path / "run"), "task=perplexity", f"data.path={path}"])
     assert "bits_per_byte" in capsys.readouterr().out
 
