@@ -112,7 +112,11 @@ def generate(arguments: Sequence[str]) -> None:
     model = model.to(device)
     prompts = options.prompt or [""]
     if options.file is not None:
-        prompts = options.file.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = options.file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # no others end one
+        except UnicodeDecodeError as error:
+            raise ConfigError([f"--file: {options.file} - is no UTF-8 ({error}) - convert it"]) from None
+        prompts = [line.removesuffix("\r") for line in lines]
     generator = torch.Generator(device).manual_seed(options.seed)
     family, n_labels = model.config.family, model.config.n_labels
     if options.chat and (family != "decoder" or n_labels is not None):

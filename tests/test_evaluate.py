@@ -428,12 +428,16 @@ def test_it_talks(
     assert "".join(written).strip().endswith(turns[-1].content)
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n\nwho\n"))
     main(["generate", str(tmp_path / "run"), "--chat", "--max-new-tokens", "5", "--temperature", "0"])
-    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa\r\nb\u2028c\n".encode())
     capsys.readouterr()
     main(["generate", str(tmp_path / "run"), "--file", str(tmp_path / "prompts.txt"), "--max-new-tokens", "5"])
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [one["prompt"] for one in told] == ["a", "b"]
+    told = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+    assert [one["prompt"] for one in told] == ["a", "b\u2028c"]
     assert all(one["text"].startswith(one["prompt"]) for one in told)
+    (tmp_path / "prompts.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(SystemExit, match="64"):
+        main(["generate", str(tmp_path / "run"), "--file", str(tmp_path / "prompts.txt")])
+    assert "prompts.txt - is no UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
