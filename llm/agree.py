@@ -132,7 +132,7 @@ def agree_with_network(cfg: DictConfig, data: TextData, checkpoint: Path) -> Non
     agree_with_weights(data, str(checkpoint), "resume")
 
 
-def began_with(cfg: DictConfig, checkpoint: Path | None) -> str | None:
+def began_with(cfg: DictConfig, data: TextData, checkpoint: Path | None) -> str | None:
     """Where the weights of step 0 lie: the step directory or folder that `init_from` means, or, of a run that goes on
     from `checkpoint`, meant when it began. A run that was named may have gone on since.
 
@@ -148,7 +148,7 @@ def began_with(cfg: DictConfig, checkpoint: Path | None) -> str | None:
     if began is None:
         return str(cfg.init_from)
     named = Path(cfg.init_from).resolve()
-    if cfg.adapter is None and "Preference" in cfg.objective._target_ and not Path(began).is_relative_to(named):
+    if cfg.adapter is None and data.answers == "preference" and not Path(began).is_relative_to(named):
         raise ConfigError(
             [
                 f"init_from: {cfg.init_from} - the run of {checkpoint} is measured against {began} - set it to that, "

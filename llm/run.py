@@ -227,8 +227,7 @@ def _trained(cfg: DictConfig, data: TextData, together: Rendezvous, found: str |
         data.prepare()  # which finds what was made
         _set_length(cfg, data)
         step = together.share("start", lambda: _start(cfg, data, found, world_size))
-        began = together.share("weights", lambda: began_with(cfg, None if found is None else Path(found)))
-        cfg.init_from = began
+        cfg.init_from = together.share("weights", lambda: began_with(cfg, data, None if found is None else Path(found)))
     if step is not None:
         _log.info("%s: finished already, at step %d; a larger trainer.max_steps continues it", run_dir, step)
         return Outcome(run_dir, step, {})
@@ -362,7 +361,7 @@ def _validate(cfg: DictConfig, data: TextData, together: Rendezvous) -> Outcome:
     together.once_per_node("data", data.prepare)
     data.prepare()
     agree_with_network(cfg, data, Path(checkpoint))
-    cfg.init_from = began_with(cfg, Path(checkpoint))
+    cfg.init_from = began_with(cfg, data, Path(checkpoint))
     cfg.trainer.max_steps = cfg.trainer.max_steps or 1  # not trained, so of no consequence
     quiet = cfg.copy()
     quiet.callback, quiet.logger = {}, {}

@@ -24,7 +24,7 @@ from llm.data.chat import template_of
 from llm.data.pack import BLOCK, placed
 from llm.data.prepare import Held
 from llm.data.source import DataError, Source, digest
-from llm.data.supervised import BadRowError, Example, Supervised
+from llm.data.supervised import BadRowError, Example, Supervised, examples
 from llm.data.task import Widths
 from llm.tokenizer import Tokenizer
 
@@ -164,15 +164,8 @@ def _examples(
 ) -> Iterator[Example]:
     """In the order of the source; what is no example is counted by its rule."""
     rows = ((row, where) for number, (row, where) in enumerate(source.rows()) if held.has(number))
-    while chunk := list(islice(rows, _AT_ONCE)):
-        read = []
-        for row, where in chunk:
-            try:
-                read.append(task.read(row, where))
-            except BadRowError as error:
-                if task.bad_rows == "refuse":
-                    raise
-                skipped[error.rule] += 1
+    kept = examples(task, rows, skipped)
+    while read := [one for one, _ in islice(kept, _AT_ONCE)]:
         encoded = iter(task.encode([text for one in read for text in one.texts], tokenizer))
         for one in read:
             made = task.examples(one, [next(encoded) for _ in one.texts], widths, tokenizer)

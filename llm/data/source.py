@@ -307,15 +307,24 @@ def text_of(row: dict[str, Any], column: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise DataError(f"{where}: column {column!r} holds {type(text).__name__}, not text; name another column")
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{where}: column {column!r}, character {error.start}: half of a surrogate pair "
-                f"(\\u{ord(text[error.start]):04x}) is no character; repair the escape in the file"
-            ) from None
+    at = half_pair(text)
+    if at is not None:
+        raise DataError(
+            f"{where}: column {column!r}, character {at}: half of a surrogate pair "
+            f"(\\u{ord(text[at]):04x}) is no character; repair the escape in the file"
+        )
     return text
+
+
+def half_pair(text: str) -> int | None:
+    """Where a text has half of a surrogate pair, which no tokenizer takes; None: nowhere."""
+    if text.isascii():
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def _file(path: str) -> Path:

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from string import Formatter
 from typing import Any
 
-from llm.data.source import Row
+from llm.data.source import Row, half_pair
 from llm.data.supervised import BadRowError
 
 
@@ -57,12 +57,9 @@ def value_of(row: Row, column: str, where: str, key: str) -> Any:
 
 def encodable(text: str, column: str, where: str) -> str:
     """The text of a column. Raises BadRowError for half of a surrogate pair in it, which no tokenizer takes."""
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            rule = f"column {column!r} has half of a surrogate pair"
-            raise BadRowError(where, rule, "repair the escape in the file") from None
+    if half_pair(text) is not None:
+        rule = f"column {column!r} has half of a surrogate pair"
+        raise BadRowError(where, rule, "repair the escape in the file")
     return text
 
 
