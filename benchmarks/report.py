@@ -116,7 +116,7 @@ def picture(results: Mapping[str, Sequence[Row]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     judged = [(f"{name}: {row.case}", row) for name, rows in results.items() for row in rows if row.bar is not None]
-    judged = [(label, row) for label, row in judged if row.bar is not None and row.bar.value and row.value.low > 0]
+    judged = [(label, row) for label, row in judged if row.bar is not None and row.bar.value > 0 and row.value.low > 0]
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.32 * max(1, len(judged))))
     for place, (_, row) in enumerate(reversed(judged)):
         assert row.bar is not None
