@@ -122,7 +122,8 @@ def pairs(session: Session, split: str, n: int) -> list[tuple[str, str]]:
 
 
 def _config(vocab_size: int, *, small: bool) -> TransformerConfig:
-    """T5's rules, 4.5M parameters."""
+    """T5's rules with a head of its own, as its version 1.1 has, 5.8M parameters. Matrices start at 0.02: under AdamW
+    its own start learns more slowly (after 400 steps a training loss of 3.8 where this one's is 3.4)."""
     return TransformerConfig(
         family="encoder_decoder",
         dim=32 if small else 256,
@@ -136,9 +137,8 @@ def _config(vocab_size: int, *, small: bool) -> TransformerConfig:
         norm_eps=1e-6,
         activation="relu",
         scale_attention=False,
-        scale_logits=True,
-        tie_embeddings=True,
-        initialisation="t5",
+        tie_embeddings=False,
+        initialisation="llama",
     )
 
 
