@@ -197,9 +197,11 @@ class Transformer(nn.Module):
         are looked up, not multiplied. Causal attention is not halved; recomputed activations are not counted. Of an
         encoder-decoder, whose halves see different tokens, the mean over `length` tokens read and `target_length`
         written: a parameter counts for the tokens that it meets. Of an encoder the heads count for `scored`, the share
-        of tokens whose logits are computed.
+        of tokens whose logits are computed. Of frozen weights, which have no gradient, 4N.
         """
         c = self.config
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        each = 4 + 2 * trained / self.n_parameters()
         tables = [m for m in self.modules() if isinstance(m, nn.Embedding) and m is not self.embed]
         one = c.tie_embeddings or self.head is None  # a classifier's embedding is no head's, tied or not
         looked_up = sum(m.weight.numel() for m in tables) + (0 if one else self.embed.weight.numel())
@@ -212,13 +214,13 @@ class Transformer(nn.Module):
             scored = (
                 0.0 if self.head is None else scored
             )  # a classifier looks the embedding up, and scores next to nothing
-            return 6 * (body + scored * head) + c.n_layers * width * length
+            return each * (body + scored * head) + c.n_layers * width * length
         if self.encoder is None:
-            return 6 * (self.n_parameters() - looked_up) + c.n_layers * width * length
+            return each * (self.n_parameters() - looked_up) + c.n_layers * width * length
         read = sum(p.numel() for p in self.encoder.blocks.parameters())
         written = self.n_parameters() - looked_up - read
         attention = c.encoder_layers * length**2 + c.decoder_layers * target_length * (target_length + length)
-        return (6 * (read * length + written * target_length) + width * attention) / (length + target_length)
+        return (each * (read * length + written * target_length) + width * attention) / (length + target_length)
 
     def _check_source(self, source: Source | None, cache: Cache | None) -> None:
         both = self.encoder is not None and self.decoder is not None

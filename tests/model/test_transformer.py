@@ -97,6 +97,8 @@ def test_flops_per_token(config):
             model = Transformer(config(position=position, tie_embeddings=tied))
             n = sum(p.numel() for p in model.parameters()) - table - lookup
             assert model.flops_per_token(20) == 6 * n + 12 * 2 * 32 * 20
+            model.requires_grad_(False)
+            assert model.flops_per_token(20) == 4 * n + 12 * 2 * 32 * 20
 
 
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
