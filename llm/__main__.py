@@ -80,7 +80,7 @@ def _generate_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--n-beams", type=int, default=1, help="more than 1 search for the likeliest text")
     parser.add_argument("--alpha", type=float, default=0.6, help="with beams, how much longer texts are favoured")
     parser.add_argument("--stop", action="append", default=[], help="a text at which what is written ends")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=at_least(0, most=2**64 - 1), default=0)
     parser.add_argument("--adapter", metavar="RUN", help="run with adapter=lora that began with this one's weights")
     options = parser.parse_args(list(arguments))
     given = [f"--{name}" for name in ("prompt", "file", "chat") if getattr(options, name)]
@@ -127,7 +127,7 @@ def generate(arguments: Sequence[str]) -> None:
             _chat(model, tokenizer, options, generator)
             return
         if model.config.n_labels is not None:
-            texts = _labelled(model, tokenizer, options.run, prompts)
+            texts = _labelled(model, tokenizer, options.adapter or options.run, prompts)
         else:
             texts = _completed(model, tokenizer, prompts, options, generator)
     except ValueError as error:
@@ -269,7 +269,7 @@ def average_weights(arguments: Sequence[str]) -> None:
     parser = Parser("python -m llm average", description=average_weights.__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("out", metavar="OUT", help="directory to make, for generate, evaluate, init_from= and export")
-    parser.add_argument("--last", type=int, default=5, metavar="N", help="of so many checkpoints (default 5)")
+    parser.add_argument("--last", type=at_least(1), default=5, metavar="N", help="of so many checkpoints (default 5)")
     options = parser.parse_args(list(arguments))
     from llm.checkpoint import average
 
@@ -376,10 +376,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 def main(arguments: Sequence[str]) -> None:
     """Run a command; mistakes of the user's are one line and an exit code, as for train.py."""
-    if not arguments or arguments[0] not in COMMANDS:
+    asked = not arguments or arguments[0] in ("-h", "--help")
+    if asked or arguments[0] not in COMMANDS:
         lines = [f"  {name:<12}{function.__doc__}" for name, function in COMMANDS.items()]
-        print("usage: python -m llm COMMAND …\n" + "\n".join(lines), file=sys.stdout if not arguments else sys.stderr)
-        sys.exit(64 if arguments and arguments[0] not in ("-h", "--help") else 0)
+        print("usage: python -m llm COMMAND …\n" + "\n".join(lines), file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else 64)
     from llm.exit import guarded
 
     with guarded():
@@ -388,7 +389,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def _settings_of_weights(step: Path) -> DictConfig:
     """Of a run that reads files by the tokenizer of a step directory: for what was imported, and has none."""
-    tokenizer = ["tokenizer=pretrained", f"tokenizer.path={step / 'tokenizer'}"]
+    from llm.config import quoted
+
+    tokenizer = ["tokenizer=pretrained", f"tokenizer.path={quoted(step / 'tokenizer')}"]
     return compose(["data=files", "data.path=rows", "logger=none", *tokenizer])
 
 

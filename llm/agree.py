@@ -11,7 +11,7 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from llm.checkpoint import configuration_at, disagreements, newest, read_state, tokenizer_at, weights_at
+from llm.checkpoint import configuration_at, disagreements, labels_of, newest, read_state, tokenizer_at, weights_at
 from llm.config import ConfigError
 from llm.data import TextData
 from llm.launch import Place
@@ -128,6 +128,9 @@ def agree_with_network(cfg: DictConfig, data: TextData, checkpoint: Path) -> Non
         ConfigError: with one line for each key that is another one.
     """
     pairs = _network(_settings_of(checkpoint), OmegaConf.to_container(cfg, resolve=True))
+    known = labels_of(checkpoint)[0]
+    if known and data.n_labels is not None:
+        pairs.append(("data.tasks: labels", known, data.labels))
     _same(checkpoint, pairs, "restore it: the weights are of that network")
     agree_with_weights(data, str(checkpoint), "resume")
 

@@ -24,17 +24,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(64, f"{self.prog}: {message}\n")
 
 
-def at_least(least: float, kind: type[int] | type[float] = int) -> Callable[[str], float]:
-    """Of an option: its text as a number that is not less, and finite."""
+def at_least(least: float, kind: type[int] | type[float] = int, *, most: float = math.inf) -> Callable[[str], float]:
+    """Of an option: its text as a number that is not less, not above `most`, and finite."""
 
     def number(text: str) -> float:
         try:
             found = kind(text)
         except ValueError:
             found = math.nan
-        if not least <= found < math.inf:
+        if not least <= found <= most or found == math.inf:
             what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text}: must be a {what}, at least {least}")
+            bound = "" if most == math.inf else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"{text}: must be a {what}, at least {least}{bound}")
         return found
 
     return number

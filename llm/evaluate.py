@@ -95,7 +95,7 @@ def evaluate(
         DataError, CheckpointError: see there.
     """
     step = find(run)
-    cfg = _overridden(_settings(step, settings), task_node, overrides)
+    cfg = _overridden(_settings(step, settings, task_node, overrides), task_node, overrides)
     data: TextData = built(cfg.data)
     name, task = _task(data)
     metrics = _metrics(name, task, metrics, run)
@@ -175,10 +175,10 @@ def task_from(folder: Path, name: str) -> dict[str, Any]:
 
 def table(found: Evaluation) -> str:
     """One line for each score."""
-    lines = []
+    lines, width = [], max(12, *(len(name) + 1 for name in found.scores), 0)
     for name, score in found.scores.items():
         interval = "" if score.low is None else f"  [{score.low:.2f}, {score.high:.2f}]"
-        lines.append(f"{name:<12}{score.value:8.2f}{interval}{'  ' + score.signature if score.signature else ''}")
+        lines.append(f"{name:<{width}}{score.value:8.2f}{interval}{'  ' + score.signature if score.signature else ''}")
     skipped = "".join(f", {n:,} left out: {rule}" for rule, n in found.skipped.items())
     return "\n".join([*lines, f"{len(found.rows):,} rows{skipped}"])
 
@@ -296,12 +296,17 @@ def _task(data: TextData) -> tuple[str, Supervised]:
     return found[0]
 
 
-def _settings(step: Path, compose: Callable[[Path], DictConfig] | None) -> Any:
+def _settings(
+    step: Path,
+    compose: Callable[[Path], DictConfig] | None,
+    task_node: Mapping[str, Any] | None,
+    overrides: Sequence[str],
+) -> Any:
     """Those of a checkpoint; where it has its model's only, as one that was imported, with others for the rest."""
     cfg: Any = OmegaConf.load(step / "config.yaml")
     if "data" in cfg:
         return cfg
-    if compose is None:
+    if compose is None or task_node is None or not _names_files(overrides):
         raise ConfigError([f"{step}: was trained for no task here - give task=NAME and data.path=FILE"])
     return OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(compose(step))), {"model": cfg.model})
 

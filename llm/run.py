@@ -135,6 +135,7 @@ def prepare(cfg: DictConfig, share: tuple[int, int] | None = None) -> None:
     check(cfg)
     speak()
     data: TextData = built(cfg.data)
+    vocab_size(data)  # a folder without a tokenizer is refused before any text is read
     if share is not None:
         try:
             complete = data.prepare_share(*share)
@@ -154,6 +155,7 @@ def stage(cfg: DictConfig, folder: Path) -> None:
     check(cfg)
     speak()
     data: TextData = built(cfg.data)
+    vocab_size(data)
     data.prepare()
     data.stage(folder)
 
@@ -378,7 +380,7 @@ def _entered(entry_point: Callable[..., Any], *arguments: Any, **options: Any) -
     try:
         entry_point(*arguments, **options)
     except MisconfigurationException as error:
-        raise ConfigError(str(error).splitlines()) from error
+        raise ConfigError(str(error).splitlines(), started=True) from error
 
 
 def _metrics(trainer: L.Trainer) -> dict[str, float]:

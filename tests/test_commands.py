@@ -115,6 +115,14 @@ def test_generate_refuses_a_wrong_setting(
         (["generate", "run", "--prompt", "a", "--chat"], 64, "--prompt and --chat: one of them at a time"),
         (["generate", "run", "--prompt", "a", "--system", "b"], 64, "--system: goes with --chat"),
         (["generate", "run", "--prompt", "a", "--stop", ""], 64, "--stop: is empty"),
+        (
+            ["generate", "run", "--seed", "-1"],
+            64,
+            "--seed: -1: must be a whole number, at least 0 and at most 18446744073709551615",
+        ),
+        (["generate", "run", "--seed", str(2**64)], 64, f"--seed: {2**64}: must be a whole number, at least 0"),
+        (["average", "run", "out", "--last", "0"], 64, "--last: 0: must be a whole number, at least 1"),
+        (["report", "mine", "--out", "it.csv"], 64, "--out it.csv: names the page"),
         (["generate", "run", "--chat", "--n-beams", "2"], 64, "--n-beams: does not go with --chat"),
         (["generate", "run", "--chat", "--stop", "x"], 64, "--stop: does not go with --chat"),
     ],
@@ -128,8 +136,21 @@ def test_mistakes(arguments: list[str], code: int, message: str, capfd: pytest.C
     assert "Traceback" not in printed
 
 
-def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
+def test_help_lists_the_commands(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        main([])
+        main(arguments)
     assert left.value.code == 0
     assert "prepare" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_tokenizer_is_a_mistake(
+    settings: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "none").mkdir()
+    mistaken = [*settings[:-1], "tokenizer=pretrained", f"tokenizer.path={tmp_path / 'none'}"]
+    for command in (["prepare"], ["stage", str(tmp_path / "disk")]):
+        with pytest.raises(SystemExit) as left:
+            main([*command, *mistaken])
+        assert left.value.code == 64
+        assert "transformers finds no tokenizer in it" in capfd.readouterr().err

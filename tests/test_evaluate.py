@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from llm.checkpoint.store import steps
 from llm.config import ConfigError
 from llm.data import DataError
 from llm.data.chat import opened
-from llm.evaluate import Decoding, Evaluation, evaluate, task_from
+from llm.evaluate import Decoding, Evaluation, evaluate, table, task_from
 from llm.generate import answer, generate
-from llm.metric import METRICS
+from llm.metric import METRICS, Score
 from llm.run import run
 from llm.talk import talk
 from tests.runs import TINY, Compose, composed
@@ -111,6 +112,9 @@ def test_a_classifier_learns_is_evaluated_exported_and_averaged(
     main(["generate", str(tmp_path / "run"), "--file", str(tmp_path / "texts.txt")])
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert rows == [{"prompt": "red red", "text": first}, {"prompt": "two two", "text": second}]
+    swapped = [line.replace("[colour,number,animal]", "[number,colour,animal]") for line in classifier(labelled)]
+    with pytest.raises(ConfigError, match=r"data\.tasks: labels: \['number', 'colour', 'animal'\] - .* has \['colour'"):
+        run(compose_run(*swapped, "stage=validate"))
     with pytest.raises(
         ConfigError, match=r"--chat: talks with a decoder, and .* has model\.family=encoder and model\.n_l"
     ):
@@ -271,6 +275,23 @@ def test_what_cannot_be_evaluated_says_why(compose_run: Compose, tmp_path: Path,
         evaluate(tmp_path / "run", [f"data.path={tmp_path / 'other.jsonl'}"])
 
 
+def test_imported_weights_are_evaluated_wherever_they_lie(
+    compose_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama = ["model.qk_norm=false", "model.norm=rms", "model.activation=swiglu", "model.dropout=0"]
+    run(compose_run(*llama, "trainer.max_steps=1", "schedule.warmup_steps=0"))
+    export_folder(tmp_path / "run", tmp_path / "theirs")
+    odd = tmp_path / "lr=1e-3, [a] {b} it's"
+    main_raising(["import", str(tmp_path / "theirs"), str(odd)])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a dog"}\n')
+    main_raising(["evaluate", str(odd), "task=perplexity", f"data.path={rows}", "--out", str(tmp_path / "out.jsonl")])
+    assert re.search(r"^word_perplexity +\d", capsys.readouterr().out, re.MULTILINE)
+    for given in (["task=perplexity"], [f"data.path={rows}"]):
+        with pytest.raises(ConfigError, match=r"was trained for no task here - give task=NAME and data\.path=FILE"):
+            main_raising(["evaluate", str(odd), *given])
+
+
 def test_what_would_fail_at_the_end_is_refused_at_the_beginning(
     compose_run: Compose, tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +367,11 @@ def test_texts_are_compared_by_likelihood(
     n_tokens = sum(len(tokenizer.encode(f" {word}")) for word in WORDS)
     perplexity = math.exp(sum(nats(f"the {word}", f" {word}") for word in WORDS) / n_tokens)
     assert f"perplexity  {perplexity:8.2f}" in printed
+
+
+def test_a_long_name_is_apart_from_its_score() -> None:
+    found = Evaluation(scores={"a": Score(1.0), "name_of_a_score_with_points": Score(100.0)})
+    assert table(found).splitlines()[:2] == [f"a{'1.00':>35}", "name_of_a_score_with_points   100.00"]
 
 
 def test_whole_texts_are_read_in_windows(

@@ -6,7 +6,7 @@ check(cfg)                                              # a configuration compos
 """
 
 from llm.config.check import check
-from llm.config.command_line import check_overrides
+from llm.config.command_line import check_overrides, quoted
 from llm.config.mistake import ConfigError, refuse
 from llm.config.online import wandb_offline
 from llm.config.schema import Run, given_run_id, job_run_id, made_run_id, register, run_id
@@ -19,6 +19,7 @@ __all__ = [
     "given_run_id",
     "job_run_id",
     "made_run_id",
+    "quoted",
     "refuse",
     "register",
     "run_id",

@@ -116,6 +116,8 @@ class _Search:
         for key, hint in SCALARS.items():
             if key in list(self.cfg) and (value := self.value_of(self.cfg, key, key)) is not _UNKNOWN:
                 self.judge(key, value, hint, self.reference(self.cfg, key))
+                if key == "run_dir" and str(value).startswith("~"):
+                    self.add(key, shown(value), "only a shell knows whose home that is", "write the path out")
         self.resume()
         for key in NODES:
             if key in list(self.cfg):  # unlike `in` alone, this counts a key whose value is ???

@@ -21,7 +21,7 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, ValueType
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString, ValueType
 from hydra.core.utils import JobRuntime, setup_globals
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -54,6 +54,12 @@ def check_overrides(
         except HydraException as error:
             raise ConfigError([*mistakes, str(error)]) from None
         return composer.check(mistakes)
+
+
+def quoted(value: Any) -> str:
+    """A value as an override has it: in quotes where Hydra's grammar would read something else."""
+    text = str(value)
+    return text if re.fullmatch(r"[A-Za-z0-9_./-]+", text) else QuotedString(text, Quote.single).with_quotes()
 
 
 class _Composer:

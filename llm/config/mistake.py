@@ -12,14 +12,15 @@ EXIT_CODE = 64  # EX_USAGE of sysexits.h
 
 
 class ConfigError(ValueError):
-    """The configuration does not fit the code. `mistakes` holds one line each: `key: value - rule - remedy`."""
+    """The configuration does not fit the code. `mistakes` holds one line each: `key: value - rule - remedy`.
+    What only a run that has `started` can find is told apart."""
 
     exit_code = EXIT_CODE
 
-    def __init__(self, mistakes: Sequence[str]) -> None:
+    def __init__(self, mistakes: Sequence[str], *, started: bool = False) -> None:
         self.mistakes = list(dict.fromkeys(mistakes))
         n = len(self.mistakes)
-        header = f"{n} mistake{'s' if n > 1 else ''} in the configuration, nothing was started:"
+        header = f"{n} mistake{'s' if n > 1 else ''} in the configuration{'' if started else ', nothing was started'}:"
         super().__init__("\n".join([header, *(f"  {mistake}" for mistake in self.mistakes)]))
 
 

@@ -92,7 +92,10 @@ class Classify(OfLabels):
         return Read(texts, self.number(value_of(row, self.label, where, "label"), where))
 
     def examples(self, read: Read, encoded: list[Any], widths: Widths, tokenizer: Tokenizer) -> list[Example] | str:
-        parts = _fitting(encoded, widths.row - 1 - len(encoded))
+        room = widths.row - 1 - len(encoded)
+        if room < len(encoded):
+            return "data.max_length has no room for a text"
+        parts = _fitting(encoded, room)
         cut = any(len(part) < len(whole) for part, whole in zip(parts, encoded, strict=True))
         return [Example(read_by_encoder(parts, tokenizer), whole={"class_labels": read.rest}, cut=cut)]
 
@@ -147,6 +150,9 @@ class Tag(OfLabels):
         return super().encode([text if tokenizer.is_word_piece else f" {text}" for text in texts], tokenizer)
 
     def examples(self, read: Read, encoded: list[Any], widths: Widths, tokenizer: Tokenizer) -> list[Example] | str:
+        room = widths.row - 2
+        if room < 1:
+            return "data.max_length has no room for a word"
         labels = [
             np.array([number, *[IGNORED] * (len(ids) - 1)])
             for number, ids in zip(read.rest, encoded, strict=True)
@@ -154,7 +160,6 @@ class Tag(OfLabels):
         ]
         if not labels:
             return "no word has a token"
-        room = widths.row - 2
         text, told = np.concatenate(encoded), np.concatenate(labels)
         row = read_by_encoder([text[:room]], tokenizer)
         row["labels"] = np.concatenate([[IGNORED], told[:room], [IGNORED]])

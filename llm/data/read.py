@@ -142,11 +142,7 @@ def _json_lines(path: Path, stream: BufferedReader) -> Iterator[tuple[Row, str]]
     for number, line in _lines(path, stream):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error.msg}, character {error.pos + 1})") from None
-        yield _object(row, f"{path}:{number}"), f"{path}:{number}"
+        yield _object(_parsed(line, path, number), f"{path}:{number}"), f"{path}:{number}"
 
 
 def _json(path: Path, stream: BufferedReader) -> Iterator[tuple[Row, str]]:
@@ -154,13 +150,20 @@ def _json(path: Path, stream: BufferedReader) -> Iterator[tuple[Row, str]]:
     if not stream.peek(1 << 10).removeprefix(_BOM).lstrip().startswith(b"["):
         yield from _json_lines(path, stream)
         return
-    try:
-        remedy = "write one object a line (`jq -c '.[]'`)"
-        rows = json.loads(decode(path, _at_most(path, stream, remedy)))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, character {error.colno})") from None
-    for number, row in enumerate(rows):
+    whole = decode(path, _at_most(path, stream, "write one object a line (`jq -c '.[]'`)"))
+    for number, row in enumerate(_parsed(whole, path)):
         yield _object(row, f"{path}[{number}]"), f"{path}[{number}]"
+
+
+def _parsed(text: str, path: Path, line: int = 1) -> Any:
+    """What JSON that begins in this line stands for. Raises DataError."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"{path}:{line + error.lineno - 1}"
+        raise DataError(f"{where}: not JSON ({error.msg}, character {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets in another
+        raise DataError(f"{path}:{line}: no JSON that can be read here ({error})") from None
 
 
 def _object(row: Any, where: str) -> Row:

@@ -21,6 +21,8 @@ def report(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.html", help="the page (default SWEEP/report.html)")
     parser.add_argument("--maximize", action="store_true", help="the larger the metric, the better")
     options = parser.parse_args(list(arguments))
+    if options.out is not None and options.out.suffix == ".csv":
+        parser.error(f"--out {options.out}: names the page, whose numbers go beside it as .csv; give FILE.html")
     folder = _found(options.sweep)
     out = options.out or folder / "report.html"
     contents, found = outcomes(folder)

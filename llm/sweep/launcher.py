@@ -9,15 +9,14 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from llm.config.command_line import quoted
 from llm.config.mistake import ConfigError, line
 from llm.exit import guarded
 from llm.launch import arguments_of_job, place
@@ -114,10 +113,10 @@ class Processes(Launcher):
         hydra = list(self.config.hydra.overrides.hydra)
         own = [text for text in job.overrides if not re.match(r"\+*(run_name|run_dir)=", text)]
         name = f"{self.name}/{job.number}"
-        where = [f"run_name={written(name)}"]
+        where = [f"run_name={quoted(name)}"]
         plain = OmegaConf.merge(self.config, {"run_name": name})
         if str(plain.run_dir) != f"{self.folder}/{job.number}":  # the user's own, which does not follow from the name
-            where.append(f"run_dir={written(f'{self.folder}/{job.number}')}")
+            where.append(f"run_dir={quoted(f'{self.folder}/{job.number}')}")
         return [*arguments_of_job(sys.argv[1:], hydra, job.number, own), *where]
 
     def say(self, text: str) -> None:
@@ -141,9 +140,3 @@ def last_line(log: Path) -> str:
         line for line in text.splitlines() if line.strip() and not line.startswith(("== ", "srun: ", "slurmstepd: "))
     ]
     return lines[-1].strip() if lines else ""
-
-
-def written(text: Any) -> str:
-    """A value as an override has it: quoted where Hydra's grammar would read something else."""
-    plain = str(text)
-    return plain if re.fullmatch(r"[A-Za-z0-9_./-]+", plain) else QuotedString(plain, Quote.single).with_quotes()

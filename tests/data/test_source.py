@@ -161,6 +161,11 @@ FAULTS = {
     "bad_utf8.txt": (b"one\ntwo\nth\xffree", r"bad_utf8\.txt:3: byte 3 of the line \(0xff\) is not UTF-8"),
     "bad.jsonl": (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: not JSON \(Expecting value, character 10\)"),
     "bad.json": (b'[{"text": "a"},\n{"text" "b"}]', r"bad\.json:2: not JSON \(Expecting ':' delimiter, character 9\)"),
+    "digits.jsonl": (
+        b'{"text": "a"}\n{"text": ' + b"1" * 5000 + b"}\n",
+        r"digits\.jsonl:2: no JSON that can be read here \(Exceeds the limit",
+    ),
+    "deep.json": (b"[" * 100_000, r"deep\.json:1: no JSON that can be read here \(maximum recursion depth"),
     "list.jsonl": (b'["a"]\n', r'list\.jsonl:1: holds list, not an object such as \{"text": "…"\}'),
     "column.jsonl": (
         b'{"id": 1, "body": "a"}\n',

@@ -52,9 +52,14 @@ def chatty() -> Tokenizer:
     return Tokenizer(backend, {"eos_token": "<|im_end|>", "chat_template": CHATML})
 
 
-def example(task: Supervised, row: dict[str, Any], tokenizer: Tokenizer, width: int = 64) -> Any:
+def made_of(task: Supervised, row: dict[str, Any], tokenizer: Tokenizer, width: int = 64) -> Any:
+    """Examples, or why there is none."""
     read = task.read(row, "here:1")
-    return task.examples(read, task.encode(read.texts, tokenizer), Widths(width, width), tokenizer)[0]
+    return task.examples(read, task.encode(read.texts, tokenizer), Widths(width, width), tokenizer)
+
+
+def example(task: Supervised, row: dict[str, Any], tokenizer: Tokenizer, width: int = 64) -> Any:
+    return made_of(task, row, tokenizer, width)[0]
 
 
 # Templates
@@ -203,6 +208,9 @@ def test_classify_encloses_and_cuts_the_longer_part() -> None:
     assert len(long.row["tokens"]) == 20
     assert long.cut
     assert long.row["tokens"][-1 - len(tokenizer.encode("to")) : -1].tolist() == tokenizer.encode("to")
+    short = {"a": "words", "b": "to", "label": 0}
+    assert made_of(task, short, tokenizer, width=4) == "data.max_length has no room for a text"
+    assert len(example(task, short, tokenizer, width=5).row["tokens"]) == 5
 
 
 def test_tags_are_on_first_tokens() -> None:
@@ -216,6 +224,7 @@ def test_tags_are_on_first_tokens() -> None:
         wanted += [label, *[IGNORED] * (n - 1)]
     assert made.row["labels"].tolist() == [*wanted, IGNORED]
     assert made.row["tokens"].tolist()[1:-1] == tokenizer.encode("ab abcde de")
+    assert made_of(task, row, tokenizer, width=2) == "data.max_length has no room for a word"
 
 
 @given(data=st.data(), stride=st.integers(1, 12), n_words=st.integers(1, 40))

@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from llm.config import ConfigError
+from llm.config import ConfigError, quoted
 from llm.submit.record import Job, Record
 from llm.sweep import Local
-from llm.sweep.launcher import written
 from llm.sweep.local import _share
 from tests.sweep.conftest import Start, ran, rows
 
@@ -151,7 +150,7 @@ def test_a_record_that_a_crash_cut_short(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["lr/0", "a b", "it's", 'say "x"', "a,b=c", "back\\", "ä/0", "${x}"])
 def test_values_are_quoted_as_hydra_reads_them(text: str) -> None:
-    override = OverridesParser.create().parse_override(f"run_name={written(text)}")
+    override = OverridesParser.create().parse_override(f"run_name={quoted(text)}")
     assert str(override.value()) == text or getattr(override.value(), "text", None) == text
 
 
