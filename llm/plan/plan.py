@@ -125,7 +125,7 @@ def wire(subject: Subject) -> Counter[str]:
 def _of_muon(subject: Subject) -> Counter[str]:
     """Its exchange of matrices, which depends on all of them."""
     with fake_ranks(subject.world_size):
-        placed = on_meta(subject.model, subject.objective.adapter)
+        placed = on_meta(subject.model, subject.objective)
         if isinstance(subject.strategy, FSDP):
             subject.strategy.lay_out("cpu", subject.world_size, subject.precision)
             subject.strategy.place(placed, "none", 1)

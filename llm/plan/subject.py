@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from llm.agree import agree
 from llm.build import built
+from llm.checkpoint import starting_anew
 from llm.cluster.slurm import Slurm, cluster_of
 from llm.config import ConfigError
 from llm.config.mistake import line
@@ -78,7 +79,7 @@ class Subject:
     @cached_property
     def network(self) -> Transformer:
         """On the meta device."""
-        return on_meta(self.model, self.objective.adapter)
+        return on_meta(self.model, self.objective)
 
     @property
     def n_data(self) -> int:
@@ -176,7 +177,10 @@ def subject(cfg: DictConfig, stated: Stated) -> Subject:
     devices = cfg.trainer.devices
     world_size = cfg.trainer.num_nodes * (devices if isinstance(devices, int) and devices > 0 else 1)
     gpu = _gpu(cluster, stated) if on_gpu else None
-    return Subject(cfg, data, strategy, built(cfg.objective), cluster, gpu, on_gpu, world_size, n_steps)
+    trained: Objective = built(cfg.objective)
+    if trained.adapter is not None:
+        trained.anew = starting_anew(trained.model_config, cfg.init_from)
+    return Subject(cfg, data, strategy, trained, cluster, gpu, on_gpu, world_size, n_steps)
 
 
 def steps(cfg: DictConfig, data: TextData) -> int | None:

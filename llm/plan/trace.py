@@ -28,7 +28,6 @@ from llm.model import Transformer, TransformerConfig
 from llm.model.feed_forward import TanhGelu
 from llm.model.mask import LONG
 from llm.objective import Objective, Preference
-from llm.objective.given import Adapter
 from llm.objective.scale import Scale, start
 from llm.plan.meter import Meter
 from llm.plan.rows import Rows, batch
@@ -63,12 +62,12 @@ class Played:
     n_micro_batches: int
 
 
-def on_meta(config: TransformerConfig, adapter: Adapter | None) -> Transformer:
-    """The network that a run trains, without memory."""
+def on_meta(config: TransformerConfig, objective: Objective) -> Transformer:
+    """The network that `objective` trains, without memory; of `config`, which need not be its own."""
     with torch.device("meta"):
         network = Transformer(config)
-        if adapter is not None:
-            adapter.attach(network)
+        if objective.adapter is not None:
+            objective.adapter.attach(network, objective.anew)
     return network
 
 
@@ -152,7 +151,7 @@ class _Step:
     def _built(self) -> Transformer:
         """The network as the strategy has it, on the meta device."""
         played, strategy = self.played, self.strategy
-        network = on_meta(self.config, self.objective.adapter)
+        network = on_meta(self.config, self.objective)
         device = torch.device("cuda" if played.gpu else "cpu")
         spread = isinstance(strategy, FSDP)
         self.compiled = resolve(strategy.compile, network, device, spread=spread) != "none"

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from llm.__main__ import main
 from llm.adapter import Lora
-from llm.checkpoint import CheckpointError, average, export_folder, load, load_into, put_on, weights_of, write_peft
+from llm.checkpoint import (
+    CheckpointError,
+    average,
+    export_folder,
+    import_folder,
+    load,
+    load_into,
+    put_on,
+    weights_of,
+    write_peft,
+)
 from llm.config import ConfigError
 from llm.model import Transformer, TransformerConfig
 from llm.optimizer import AdamW
+from llm.plan.subject import Stated, subject
 from llm.run import run
 from tests.ranks import run_on_ranks
 from tests.runs import FAMILIES, Compose, run_composed, saved
@@ -83,6 +96,8 @@ def test_heads_that_start_anew_are_trained(compose_run: Compose, tmp_path: Path)
         optimizer = saved(tmp_path / "runs" / name)["optimizer"]
         names = {key.removeprefix("optimizer.model.").rpartition(".")[0] for key in optimizer}
         trained[name] = {key for key in names if ".lora_" not in key}
+        planned = subject(cfg, Stated()).network.named_parameters()
+        assert {key for key, weight in planned if weight.requires_grad and ".lora_" not in key} == trained[name]
     assert trained["whole"] == set()
     heads = {"transform.dense.weight", "transform.dense.bias", "transform.norm.weight", "transform.norm.bias"}
     assert trained["body"] == heads | {"head.bias"}
@@ -119,7 +134,9 @@ def test_merged_apart_and_in_peft_it_is_the_same(compose_run: Compose, tmp_path:
         torch.testing.assert_close(whole(TOKENS).logits, logits(merged), rtol=1e-4, atol=1e-5)
 
 
-def test_a_classifier_goes_with_its_adapter(compose_run: Compose, tmp_path: Path) -> None:
+def test_a_classifier_goes_with_its_adapter(
+    compose_run: Compose, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Put on the network that it was trained on, and in peft's hands: the head is not the one that was there."""
     import peft
     import transformers
@@ -145,6 +162,12 @@ def test_a_classifier_goes_with_its_adapter(compose_run: Compose, tmp_path: Path
     load_into(plain, tmp_path / "base")
     put_on(plain, tmp_path / "run")
     torch.testing.assert_close(plain.label_logits(plain(tokens)[:, 0]), expected, rtol=1e-4, atol=1e-5)
+    load(tmp_path / "run")[1].save(tmp_path / "base")
+    import_folder(tmp_path / "base", tmp_path / "imported")
+    capsys.readouterr()
+    main(["generate", str(tmp_path / "imported"), "--adapter", str(tmp_path / "run"), "--prompt", "red"])
+    told = re.fullmatch(r"([ab]) [\d.]+%  ([ab]) [\d.]+%\n", capsys.readouterr().out)
+    assert told is not None, "labels are the base's, which has no names"
     with pytest.raises(
         CheckpointError, match=r"classifier\.bias was trained beside its adapter, .* use the run itself"
     ):
