@@ -1,10 +1,11 @@
 """How well a T5 translates that ours trained, beside one that transformers' Trainer trained on the same batches.
 
 Both learn Multi30k (English to German) from the same weights for five epochs, with the sizes and the optimizer of
-`encoder_decoder` at a rate that falls to 0. One program of transformers' then reads the test set of 2016 with either
-network: nothing differs but the training. Held-out loss is of the translations that people made; BLEU is sacrebleu's
-of greedy ones, with its intervals of 95 %; p is of its paired bootstrap (Koehn 2004), which knows that other sentences
-might have been drawn, and not that another rounding makes another training.
+`encoder_decoder` at a rate that falls to 0 (ours reaches it at the last step, Trainer's would at the next). One program
+of transformers' then reads the test set of 2016 with either network: nothing differs but the training. Held-out loss
+is of the translations that people made; BLEU is sacrebleu's of greedy ones, with its intervals of 95 %; p is of its
+paired bootstrap (Koehn 2004), which knows that other sentences might have been drawn, and not that another rounding
+makes another training.
 """
 
 from __future__ import annotations
