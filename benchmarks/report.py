@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -116,13 +117,14 @@ def picture(results: Mapping[str, Sequence[Row]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     judged = [(f"{name}: {row.case}", row) for name, rows in results.items() for row in rows if row.bar is not None]
-    judged = [(label, row) for label, row in judged if row.bar is not None and row.bar.value > 0 and row.value.low > 0]
+    judged = [(label, row) for label, row in judged if row.bar is not None and row.bar.value > 0 < row.value.median]
+    edge = 1.5 * max((_beside(row.bar, row.value.median) for _, row in judged if row.bar is not None), default=1.0)
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.32 * max(1, len(judged))))
     for place, (_, row) in enumerate(reversed(judged)):
         assert row.bar is not None
         points = sorted(_beside(row.bar, value) for value in (row.value.low, row.value.median, row.value.high))
         good = row.bar.met(row.value.median)
-        axis.plot([points[0], points[2]], [place, place], color="tab:green" if good else "tab:red")
+        axis.plot([points[0], min(points[2], edge)], [place, place], color="tab:green" if good else "tab:red")
         axis.plot([points[1]], [place], "o", color="tab:green" if good else "tab:red")
     axis.axvline(1.0, color="grey", linestyle="--")
     axis.set_yticks(range(len(judged)), [f"{label} ({row.bar})" for label, row in reversed(judged)], fontsize=8)
@@ -135,4 +137,7 @@ def picture(results: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 
 def _beside(bar: Bar, value: float) -> float:
-    return value / bar.value if bar.sense == ">=" else bar.value / value
+    """What is to be small and is nothing, or less, is as far right as can be."""
+    if bar.sense == ">=":
+        return value / bar.value
+    return bar.value / value if value > 0 else math.inf
