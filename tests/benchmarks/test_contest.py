@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,22 @@ def test_the_table_judges_the_median(tmp_path: Path) -> None:
         "ours": about["date"],
     }, "a case that is not taken again stays, and says when it was"
     assert (tmp_path / "cpu.png").stat().st_size > 1000
+
+
+def test_a_round_below_nothing_is_drawn_as_far_right_as_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib.pyplot as plt
+
+    drawn: list[Any] = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    rows = [
+        Row("ours", "us", Spread(50.0, -10.0, 100.0), Bar("<=", 150.0)),
+        Row("theirs", "x", Spread(2.0, 1.5, 2.5), Bar(">=", 1.0)),
+    ]
+    report.picture({"loop": rows}, tmp_path / "cpu.png")
+    spreads = [line.get_xdata() for line in drawn[0].axes[0].lines[:4:2]]
+    assert [list(ends) for ends in spreads] == [[1.5, 2.5], [1.5, 4.5]]
+    monkeypatch.undo()
+    plt.close(drawn[0])
 
 
 def test_padded_rows_hold_the_documents_of_packed_ones() -> None:
