@@ -23,7 +23,7 @@ from llm.optimizer import MuonAdamW
 from llm.optimizer.groups import hidden_matrices
 from llm.optimizer.muon import traffic
 from llm.plan.scaling import H100_ETHERNET, H100_INFINIBAND, Cluster, StepTime, step_time, update_s
-from llm.plan.subject import Stated, Subject, is_prepared
+from llm.plan.subject import Stated, Subject, unprepared
 from llm.plan.trace import on_meta, peak
 from llm.plan.traffic import Layout, bytes_by_kind, stages
 from llm.strategy import FSDP
@@ -238,7 +238,8 @@ def _checkpoint(subject: Subject, stated: Stated) -> dict[str, Any]:
 def _data(subject: Subject) -> dict[str, Any]:
     """What is prepared, and how often it will be seen."""
     data = subject.data
-    found: dict[str, Any] = {"prepared": is_prepared(data), "init_from": subject.cfg.init_from}
+    why = unprepared(data)
+    found: dict[str, Any] = {"prepared": why is None, "unprepared": why, "init_from": subject.cfg.init_from}
     if subject.cfg.init_from is not None:
         found["weights"] = _fingerprint(Path(subject.cfg.init_from))
     if not found["prepared"]:

@@ -100,7 +100,7 @@ def _data(plan: Plan) -> str:
     data = plan.data
     weights = f"weights of {data['init_from']} ({data['weights'] or 'not ours'}); " if data["init_from"] else ""
     if not data["prepared"]:
-        return f"{weights}not prepared yet (python -m llm prepare …): tokens and epochs are not known"
+        return f"{weights}{data['unprepared']}: tokens and epochs are not known"
     epochs = ", ".join(f"{name} {n:.3g} times" for name, n in data.get("epochs", {}).items())
     seen = f"; {data['tokens']:,} tokens, {epochs}" if epochs else ""
     return f"{weights}{data['fingerprint']}, tokenizer {data['tokenizer']}{seen}"

@@ -191,22 +191,24 @@ def steps(cfg: DictConfig, data: TextData) -> int | None:
     length: dict[str, Any] = {"max_tokens": cfg.trainer.max_tokens, "max_epochs": cfg.trainer.max_epochs}
     if cfg.trainer.max_steps is not None:
         return int(cfg.trainer.max_steps)
-    if is_prepared(data):
+    if unprepared(data) is None:
         return data.n_steps(**length)
     if cfg.trainer.max_tokens is None:
         return None
     return max(1, round(cfg.trainer.max_tokens / (data.batch_size * data.max_length)))
 
 
-def is_prepared(data: TextData) -> bool:
-    """Whether all is there that preparing it would make; not where it cannot even be named, without network or
-    files."""
+def unprepared(data: TextData) -> str | None:
+    """Why not all is there that preparing it would make; None: it is. Without network or files it cannot even be named,
+    which says nothing of the machines that the run will have."""
     try:
         with only_found():
             data.prepare()
-    except (MissingError, DataError, OSError):
-        return False
-    return True
+    except MissingError:
+        return "not prepared yet (python -m llm prepare …)"
+    except (DataError, OSError) as error:
+        return f"cannot be prepared on this machine ({str(error).splitlines()[0]})"
+    return None
 
 
 def _on_gpu(cfg: DictConfig, cluster: Slurm | None, stated: Stated) -> bool:

@@ -256,7 +256,7 @@ def _named(cfg: DictConfig, kind: Kind) -> _Name:
 
 
 def _nameable(name: str, run_dir: Path) -> list[str]:
-    """What of a name and a place SLURM's scripts could not bear."""
+    """What of a name and a place SLURM's scripts, or the file system, could not bear."""
     mistakes = []
     if not _NAME.fullmatch(name):
         rule = "names a folder and a job"
@@ -265,6 +265,8 @@ def _nameable(name: str, run_dir: Path) -> list[str]:
     if any(character in where for character in '\n"\\'):
         remedy = 'leave out ", \\ and line breaks'
         mistakes.append(line("run_dir", repr(where), "a script of SLURM's names it", remedy))
+    if run_dir.exists() and not run_dir.is_dir():
+        mistakes.append(line("run_dir", str(run_dir), "is a file", "name a directory, or one to be made"))
     return mistakes
 
 

@@ -135,6 +135,7 @@ def test_parameters_memory_and_table() -> None:
     assert f"{made.model['parameters']:,} parameters, decoder" in text
     assert "8 processes x 4 micro-batches of 2 rows" in text
     assert "assumed: none is recorded of H100" in text
+    assert "data        cannot be prepared on this machine (x: no such file" in text
 
 
 KIND_NAMES = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "buffers")

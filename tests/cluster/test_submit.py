@@ -204,6 +204,7 @@ def test_the_copy_knows_its_commit(tmp_path: Path) -> None:
         (["run_name='$(reboot)'"], "run_name: '$(reboot)' - names a folder and a job"),
         (["run_name='../up'"], "run_name: '../up' - names a folder and a job"),
         (["run_name='a/../../up'"], "run_name: 'a/../../up' - names a folder and a job"),
+        ([f"run_dir={__file__}"], f"run_dir: {__file__} - is a file - name a directory"),
         (["trainer.num_nodes=2"], "trainer.num_nodes: 2 - follows from cluster.nodes"),
         (["trainer.accelerator=gpu"], "trainer.accelerator: gpu - the job has no GPUs"),
         (["cluster.nodes=2"], "trainer.devices x trainer.num_nodes"),
