@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -49,7 +50,10 @@ class Submission:
     n_tasks: int | None  # of an array
 
     def write(self, folder: Path) -> None:
-        (folder / _RECORD).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Whole, or not at all: `status` reads those of all runs."""
+        temporary = folder / f".{_RECORD}"
+        temporary.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        os.replace(temporary, folder / _RECORD)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -389,12 +390,16 @@ def test_looking_at_jobs_loads_nothing_that_trains() -> None:
     assert done.stderr.strip() == "set()"
 
 
-def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+def test_what_was_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Submission("1", "train", "a", "runs/a", "now", None, ["x=1"], None)
     folder = tmp_path / "jobs/train"
     folder.mkdir(parents=True)
     made.write(folder)
     assert submissions(tmp_path) == [(folder, made)]
+    monkeypatch.setattr("os.replace", lambda *paths: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        replace(made, job="2").write(folder)
+    assert submissions(tmp_path) == [(folder, made)], "the old record, whole"
 
 
 def test_jobs_that_the_controller_has_forgotten(site: Path) -> None:
