@@ -67,6 +67,8 @@ def compose(
 
 
 def beside(run: Path) -> Path:
-    """Where to put what belongs to a run or to one of its checkpoints: a checkpoint with another file in it is taken
-    for a damaged one."""
-    return run.parents[1] if run.parent.name == "checkpoints" else run
+    """The directory for what belongs to a run, to one of its checkpoints, or to weights that were averaged or imported:
+    NAME.out beside those, as a checkpoint with another file in it is taken for a damaged one."""
+    if run.parent.name == "checkpoints":
+        return run.parents[1]
+    return run.with_name(f"{run.name}.out") if (run / "MANIFEST.json").is_file() else run

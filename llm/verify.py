@@ -23,6 +23,7 @@ from torch import Tensor
 from llm import ledger
 from llm.checkpoint import find, read_state, read_tensors, steps
 from llm.config import ConfigError
+from llm.machine import accelerator, precision
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 PARTS = ("weights", "optimizer", "generators", "position", "schedule", "metrics", "ledger")
@@ -90,6 +91,7 @@ def plan(cfg: DictConfig, overrides: Sequence[str], n_steps: int) -> Plan:
     kept = [text for text in overrides if _key(text) not in own and not _key(text).startswith("logger")]
     n = _n_processes(cfg)
     other, n_other, why_not = _other(cfg, n)
+    computes_in = precision(cfg.trainer.precision, accelerator(cfg.trainer.accelerator))
     return Plan(
         overrides=kept,
         short=[f"{key}={value}" for key, value in short.items()],
@@ -99,7 +101,7 @@ def plan(cfg: DictConfig, overrides: Sequence[str], n_steps: int) -> Plan:
         n_other=n_other,
         why_not=why_not,
         without_dropout=["model.dropout=0.0"] if cfg.model.get("dropout") else [],
-        tolerance=1e-5 if cfg.trainer.precision == "32-true" else 2e-2,
+        tolerance=1e-5 if computes_in == "32-true" else 2e-2,
     )
 
 

@@ -138,7 +138,10 @@ def mean_of(tmp_path: Path) -> None:
     first, second, mean = (read_tensors(path, "model.") for path in (*taken, tmp_path / "mean"))
     for name, weight in mean.items():
         torch.testing.assert_close(weight, (first[name] + second[name]) / 2)
-    assert evaluate(tmp_path / "mean", metrics=["accuracy"]).scores["accuracy"].value > 90
+    main_raising(["evaluate", str(tmp_path / "mean"), "--metric", "accuracy"])
+    told = json.loads((tmp_path / "mean.out" / "predictions.scores.json").read_text())
+    assert told["scores"]["accuracy"]["value"] > 90
+    load(tmp_path / "mean")  # undamaged: with another file in it it would be
     with pytest.raises(CheckpointError, match="has 2 checkpoints, not 3 - train with callback"):
         average(tmp_path / "run", tmp_path / "more", 3)
     with pytest.raises(CheckpointError, match="is there already"):

@@ -131,6 +131,13 @@ def test_all_is_well(passed: Path) -> None:
     }
 
 
+def test_float32_has_to_agree_closely_however_it_was_chosen(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, tolerance in ((False, 1e-5), (True, 2e-2)):
+        monkeypatch.setattr("llm.machine.multiplies_bfloat16", lambda device, able=able: able)
+        assert planned(*made.overrides, "trainer.precision=auto", "trainer.accelerator=cpu").tolerance == tolerance
+    assert planned(*made.overrides, "trainer.precision=32-true").tolerance == 1e-5
+
+
 @pytest.mark.parametrize("part", MUTATIONS)
 def test_what_is_lost_is_named(made: Plan, passed: Path, tmp_path: Path, part: str) -> None:
     runs = Runs(made, tmp_path, partial(in_ranks, mutation=part), lambda _: None)

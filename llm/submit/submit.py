@@ -296,11 +296,10 @@ def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Bat
     if not kept or kept[0].startswith("-"):
         raise ConfigError([line(kind, "", "of which run?", f"submit --job {kind} RUN …")])
     run_dir = beside(Path(kept[0]))
-    if not run_dir.is_dir() and not after:
-        raise ConfigError(
-            [line(kind, kept[0], "no such directory", "--after RUN waits for one that has been submitted")]
-        )
-    if not run_dir.is_dir():
+    if not Path(kept[0]).is_dir():
+        if not after:
+            remedy = "--after RUN waits for one that has been submitted"
+            raise ConfigError([line(kind, kept[0], "no such directory", remedy)])
         run_dir = jobs.find(str(run_dir))
     if not _NAME.fullmatch(run_dir.name):
         raise ConfigError([line(kind, repr(run_dir.name), "names a job", "letters, digits and . _ - + only")])

@@ -362,6 +362,9 @@ def test_a_job_for_everything_else(site: Path) -> None:
     (site / "runs/there/checkpoints/step-00000002").mkdir(parents=True)
     step = submitting.planned("evaluate", ["cluster=cpu", "runs/there/checkpoints/step-00000002"])
     assert step.folder == Path("runs/there/jobs/evaluate"), "in a checkpoint it would be damage"
+    (site / "runs/mean").mkdir()
+    (site / "runs/mean/MANIFEST.json").touch()
+    assert submitting.planned("export", ["cluster=cpu", "runs/mean", "out"]).folder == Path("runs/mean.out/jobs/export")
     with pytest.raises(ConfigError, match="no job was submitted for it"):
         submitting.planned("export", ["cluster=cpu", "missing", "out"], after=["nobody"])
 
