@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -117,6 +119,36 @@ def test_every_experiment_on_every_cluster(experiment: str, cluster: str, site: 
     assert arguments(script) == [*given, f"run_name={job.name}"]
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert not (site / "runs").exists(), "a dry run writes nothing"
+
+
+def documented() -> list[tuple[str, str, str]]:
+    """Kind of job, options and overrides of all jobs that README, docs and slurm/ show, if they train or prepare."""
+    root = CONF.parent
+    pages = [root / "README.md", *root.glob("docs/*.md"), *root.glob("slurm/*")]
+    text = "\n".join(path.read_text() for path in sorted(pages))
+    found = []
+    for words in re.findall(r"^python -m llm submit ([^#\n]*)", text, re.MULTILINE):
+        named = re.search(r"--job (\w+)", words)
+        overrides = [word for word in words.split() if "=" in word]
+        found.append((named[1] if named else "train", "", " ".join(overrides)))
+    template = r"(?:sbatch|salloc) ([^\n]*?) slurm/(train|sweep|interactive)\.\w+ +([^#\n]*=[^#\n]*)"
+    for options, kind, overrides in re.findall(template, text):
+        found.append(("sweep" if kind == "sweep" else "train", options, overrides))
+    for overrides in re.findall(r"^python train\.py -m hydra/launcher=slurm ([^#\n]*)", text, re.MULTILINE):
+        found.append(("sweep", "", overrides))
+    return [(kind, *rest) for kind, *rest in dict.fromkeys(found) if kind in ("train", "sweep", "prepare")]
+
+
+@pytest.mark.usefixtures("uncosted")
+@pytest.mark.parametrize(("kind", "options", "overrides"), documented())
+def test_documented_jobs_are_not_refused(kind: Any, options: str, overrides: str, site: Path) -> None:
+    asked = dict(option.removeprefix("--").split("=") for option in options.split() if option.startswith("--"))
+    cluster = []
+    if asked:
+        cluster = ["cluster=gpu" if "gpus-per-node" in asked else "cluster=cpu"]
+        names = {"nodes": "nodes", "gpus-per-node": "gpus_per_node", "ntasks-per-node": "tasks_per_node"}
+        cluster += [f"cluster.{names[name]}={value}" for name, value in asked.items() if name in names]
+    assert submitting.planned(kind, [*cluster, *overrides.split()]).kind == kind
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0\r", codec="utf-8")), min_size=1, max_size=4))

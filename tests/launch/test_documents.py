@@ -7,6 +7,7 @@ import re
 import pytest
 
 from llm.config import check_overrides, register
+from llm.plan.subject import Stated, subject
 from tests.launch.jobs import ROOT
 
 PAGE = (ROOT / "docs" / "parallel.md").read_text()
@@ -23,4 +24,6 @@ def test_commands_compose(command: str) -> None:
     """What takes Lightning to judge, tests/test_conf.py asks of each strategy."""
     register()
     overrides = command.partition("train.py ")[2].split()
-    assert check_overrides(overrides, ROOT / "conf", elsewhere=lambda cfg: True) is not None
+    cfg = check_overrides(overrides, ROOT / "conf", elsewhere=lambda cfg: True)
+    assert cfg is not None
+    subject(cfg, Stated())  # which asks whether its processes can share a batch
