@@ -65,9 +65,9 @@ open_container() {
   esac
 }
 
-# `python -m llm` of this code, once.
+# `python -m llm` of this code, once: without -P it would be that of the folder the job was submitted from.
 llm() {
-  local command=("${inside[@]}" env PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" python -m llm "$@")
+  local command=("${inside[@]}" env PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" python -P -m llm "$@")
   [ ${#pyxis[@]} = 0 ] ||
     command=(srun --nodes=1 --ntasks=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --overlap "${pyxis[@]}" "${command[@]}")
   "${command[@]}"
@@ -156,7 +156,7 @@ beginnings() { grep -c '"begin"' "$1/attempts.jsonl" 2>/dev/null; }
 # Have the data that a run reads on the own disk of each node.
 staged() {
   local each=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --input=none)
-  local command=(env PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" python -m llm stage "$LLM_SCRATCH" "$@")
+  local command=(env PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" python -P -m llm stage "$LLM_SCRATCH" "$@")
   srun "${each[@]}" "${pyxis[@]}" "${inside[@]}" "${command[@]}"
 }
 

@@ -6,8 +6,10 @@ import ctypes
 import json
 import os
 import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -15,6 +17,8 @@ import pytest
 import torch.distributed
 from lightning.pytorch.callbacks import Callback
 
+from llm.callback import Watchdog
+from llm.guard import RollBackError, Window
 from llm.watch import sidecar
 from llm.watch.heart import Heart, Pulse, path_of, read
 from llm.watch.judge import Judge, Seen, late
@@ -35,6 +39,28 @@ def test_a_heart_is_read_from_outside(tmp_path: Path) -> None:
     heart.rest()
     Heart(tmp_path / "new", 4)
     assert read(path_of(tmp_path / "new", 3)) == (os.getpid(), False, 1, 3)
+
+
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_what_follows_an_exception_is_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes_back: bool) -> None:
+    """A run that goes back verifies checkpoints and begins again, for longer than a step may take; the sidecar of the
+    attempt before would end it."""
+    watching = subprocess.Popen(["sleep", "60"])
+    monkeypatch.setattr("llm.callback.watchdog.start_sidecar", lambda *arguments: watching)
+    trainer: Any = SimpleNamespace(default_root_dir=str(tmp_path))
+    module: Any = None
+    watchdog = Watchdog()
+    watchdog.setup(trainer, module, "fit")
+    watchdog.on_train_start(trainer, module)
+    watchdog.on_train_batch_end(trainer, module, None, None, 0)
+    path = path_of(tmp_path / sidecar.FOLDER, 0)
+    assert read(path) == (os.getpid(), True, 1, 2)
+    watchdog.on_exception(trainer, module, RollBackError(Window(1, "a spike", 0, 0)) if goes_back else OSError("disk"))
+    assert read(path) == (os.getpid(), False, 1, 2)
+    assert (watching.poll() is not None) is goes_back, "of a rank that ends the others may hang"
+    watching.kill()
+    watching.wait()
+    watchdog.teardown(trainer, module, "fit")
 
 
 class Ranks:

@@ -14,6 +14,7 @@ import lightning as L
 from annotated_types import Gt
 from lightning.pytorch.callbacks import Callback
 
+from llm.guard import RollBackError
 from llm.launch import place
 from llm.watch import Heart, start_sidecar
 from llm.watch.sidecar import FOLDER, stacks_path
@@ -99,8 +100,18 @@ class Watchdog(Callback):
         """All steps are made."""
         self._rest()
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """What comes next is no step. A run that goes back begins again with a sidecar of its own; of one that ends the
+        other ranks may hang, and are looked at."""
+        if isinstance(exception, RollBackError):
+            self._stop()
+        self._rest()
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Nobody looks any more."""
+        self._stop()
+
+    def _stop(self) -> None:
         self._rest()
         if self._sidecar is not None:
             self._sidecar.kill()

@@ -53,9 +53,10 @@ def start_sidecar(run_dir: Path, here: Place, floor_s: float, factor: float) -> 
     """Called by the first rank of each node; the sidecar ends with it."""
     first = here.rank - here.local_rank
     arguments = [os.getpid(), run_dir, first, here.local_world_size, here.world_size, floor_s, factor]
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "llm.watch", *map(str, arguments)],
+        # -P: this code, and not that of the working directory.
+        [sys.executable, "-P", "-m", "llm.watch", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.DEVNULL,
     )

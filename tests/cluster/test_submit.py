@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -261,6 +263,23 @@ def test_refused_together(site: Path) -> None:
 
 
 @pytest.mark.usefixtures("uncosted")
+def test_a_job_runs_its_frozen_code(tmp_path: Path) -> None:
+    """Not that of the folder it was submitted from, which python -m would take."""
+    for name in ("live", "frozen"):
+        (tmp_path / name / "llm").mkdir(parents=True)
+        (tmp_path / name / "llm" / "__init__.py").touch()
+        (tmp_path / name / "llm" / "__main__.py").write_text(f"print({name!r})")
+    (tmp_path / "frozen" / "slurm").mkdir()
+    shutil.copy(CONF.parent / "slurm" / "job.sh", tmp_path / "frozen" / "slurm")
+    (tmp_path / "frozen" / "slurm" / "env.sh").touch()
+    program = 'set -u; source "$LLM_CODE/slurm/job.sh"; inside=() pyxis=(); llm where'
+    environment = {**os.environ, "LLM_CODE": str(tmp_path / "frozen"), "PYTHONPATH": ""}
+    told = subprocess.run(
+        ["bash", "-c", program], cwd=tmp_path / "live", env=environment, capture_output=True, text=True, check=True
+    )
+    assert told.stdout == "frozen\n"
+
+
 def test_without_sbatch(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="sbatch: is not here - submit on a login node"):
