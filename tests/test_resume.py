@@ -131,8 +131,10 @@ def test_wandb_sees_one_run(compose_run: Compose, tmp_path: Path) -> None:
             )
         )
     run(compose_run("logger=default"))
-    folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
-    assert {name.rpartition("-")[2] for name in folders} == {(tmp_path / "run" / "wandb" / "id").read_text()}
+    # offline-run-DATE_TIME-ID, and behind it a number where two begin within a second.
+    ids = [path.name.split("-")[3] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    assert len(ids) > 1
+    assert set(ids) == {(tmp_path / "run" / "wandb" / "id").read_text()}
 
 
 @pytest.mark.parametrize(
