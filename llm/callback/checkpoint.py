@@ -53,6 +53,20 @@ class Checkpoint(ModelCheckpoint):
         self.on_error: Literal["stop", "warn"] = on_error
         self._rng: dict[str, Any] | None = None
 
+    @property
+    def state_key(self) -> str:
+        """What is best stays so when a run goes on with another interval."""
+        return self._generate_state_key(monitor=self.monitor, mode=self.mode)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Which are best, of those that are there: by their names, as the run may have moved since."""
+        there = {Path(path).name: score for path, score in state_dict["best_k_models"].items()}
+        folder = Path(str(self.dirpath))
+        best = {str(folder / name): score for name, score in there.items() if (folder / name).exists()}
+        worst = (min if self.mode == "max" else max)(best, key=lambda path: float(best[path]), default="")
+        kth = {"kth_best_model_path": worst, "kth_value": best.get(worst, state_dict["kth_value"])}
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_k_models": best, **kth})
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Where a run looks for its checkpoints; Lightning would take the first logger's folder."""
         self.dirpath = str(_folder(trainer))

@@ -156,6 +156,11 @@ def test_the_best_is_kept_beside_the_newest(compose_run: Compose, tmp_path: Path
     run(compose_run(*monitor, *still))
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["step-00000003", "step-00000012"]
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    longer = ("trainer.max_steps=18", "callback.checkpoint.every_n_train_steps=6", f"run_dir={moved}")
+    run(compose_run(*monitor, *still, *longer))
+    names = sorted(path.name for path in (moved / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000018"], "the best one stays, wherever the run is and however it goes on"
 
 
 def test_the_last_step_is_saved_before_the_run_is_summed_up(
