@@ -108,6 +108,8 @@ def _rows(run_dir: Path, made: object) -> list[tuple[str, ...]]:
     for state in found:
         task_dir = run_dir / state.task if made.kind == "sweep" and state.task.isdecimal() else run_dir
         told = progress(task_dir, made.job)
+        if made.kind not in ("train", "sweep"):
+            told.pop("end", None)  # which is that of the training
         step = str(told.get("step", "")) + (f"/{told['max_steps']}" if "max_steps" in told else "")
         end = told.get("end")
         note = state.reason or state.nodes

@@ -111,6 +111,11 @@ def run_dirs(root: Path = Path("runs")) -> list[Path]:
     return sorted({path.parents[2] for path in root.glob(f"**/{FOLDER}/*/{_RECORD}")})
 
 
+def called(run_dir: Path, root: Path = Path("runs")) -> str:
+    """By what `find` finds it."""
+    return str(run_dir.relative_to(root) if run_dir.is_relative_to(root) else run_dir)
+
+
 def find(name: str, root: Path = Path("runs")) -> Path:
     """The directory of a run by its name, or its path.
 

@@ -146,7 +146,7 @@ class Subject:
             return None if self.gpu is None else self.gpu.memory_bytes
         if self.cluster is None or self.cluster.memory in (None, "0", 0):
             return None
-        found = re.fullmatch(r"(\d+)([KMGT]?)B?", str(self.cluster.memory))
+        found = re.fullmatch(r"(\d+)([KMGT]?)B?", str(self.cluster.memory).upper())
         return None if found is None else int(found[1]) * _UNITS[found[2]] / self.cluster.ranks_per_node
 
 

@@ -12,6 +12,7 @@ from llm.command import Parser, compose
 
 def submit(arguments: Sequence[str]) -> None:
     """Check a run, freeze it, and hand it to SLURM (docs/slurm.md): submit cluster=gpu cluster.nodes=4 experiment=…"""
+    from llm.cluster.jobs import called
     from llm.submit import batch
     from llm.submit import submit as submitting
 
@@ -30,7 +31,7 @@ def submit(arguments: Sequence[str]) -> None:
     for title, text in batch.said(job, id_).items():
         print(f"{title:<6}{text}")
     if id_ is not None:
-        name = job.run_dir.name if job.run_dir.parent.name == "runs" else job.run_dir
+        name = called(job.run_dir)
         print(f"next  python -m llm status {name} | logs {name} --follow | cancel {name}")
 
 
@@ -42,21 +43,22 @@ def where(arguments: Sequence[str]) -> None:
 def combination(arguments: Sequence[str]) -> None:
     """Print the overrides of one run of a sweep, each followed by a NUL: what slurm/sweep.sbatch asks for its task."""
     from llm.config import ConfigError
-    from llm.submit.combinations import combinations
+    from llm.submit.combinations import combinations, split_flags
 
     parser = Parser("python -m llm combination", description=combination.__doc__)
     parser.add_argument("number", type=int, help="of the run, counted from 0 as python train.py -m does")
     parser.add_argument("--file", type=Path, help="which says what each is: of a sweep by train.py -m")
-    options, overrides = parser.parse_known_args(list(arguments))
+    options, rest = parser.parse_known_args(list(arguments))
     if options.file is not None:
         written = json.loads(options.file.read_text())
         if str(options.number) not in written:
             raise ConfigError([f"{options.number}: {options.file} has {', '.join(written)}"])
         sys.stdout.write("".join(f"{word}\0" for word in written[str(options.number)]))
         return
+    flags, overrides = split_flags(rest)
     found = combinations(overrides)
     if not 0 <= options.number < len(found):
         raise ConfigError(
             [f"{options.number}: {' '.join(overrides)} are {len(found)} runs - --array=0-{len(found) - 1}"]
         )
-    sys.stdout.write("".join(f"{word}\0" for word in found[options.number]))
+    sys.stdout.write("".join(f"{word}\0" for word in [*flags, *found[options.number]]))

@@ -29,7 +29,7 @@ from llm.config import ConfigError, made_run_id
 from llm.config.mistake import line
 from llm.exit import EXISTS
 from llm.submit.batch import RUNS, SCRIPT, BatchJob, Kind, Runs, written
-from llm.submit.combinations import combinations
+from llm.submit.combinations import combinations, split_flags
 from llm.submit.record import Job, Record
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ def planned(
     for variable in ("LLM_RUN_ID", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID"):  # of the job that this is called in, if it is
         os.environ.pop(variable, None)
     os.environ["LLM_RUN_ID"] = made_run_id()
-    swept = combinations(arguments) if kind == "sweep" else None
+    swept = combinations(split_flags(arguments)[1]) if kind == "sweep" else None
     cfg = compose(["-m", *arguments] if kind == "sweep" else arguments, sweeps=True)  # of a sweep that of the first run
     cluster = cluster_of(cfg)
     name = _named(cfg, kind)
     run_dir = Path(cfg.run_dir) if kind == "train" else Path("runs") / name.name
     refuse_live(run_dir, kind)
-    mistakes = [*_following(arguments), *name.mistakes]
+    mistakes = [*_following(arguments), *name.mistakes, *_one_cluster(swept or [])]
     cost = None
     if kind != "prepare":
         cost, wrong = _examined(cfg, costs=not mistakes)
@@ -85,7 +85,7 @@ def planned(
     n_tasks = n_shares if swept is None else len(swept)
     frozen = [] if kind in ("prepare", "sweep") else name.overrides
     if kind == "sweep":  # each task is called after the sweep and its own number
-        arguments = [text for text in arguments if not text.startswith("run_name=")]
+        arguments = [text for text in arguments if not re.match(r"\+*run_name=", text)]
     own, kept = _own_files(arguments, run_dir / jobs.FOLDER / kind)
     sized = _sized(cluster, kind)
     kept += frozen
@@ -176,12 +176,29 @@ def _freeze(job: BatchJob) -> None:
     if job.runs is not None:
         (job.folder / RUNS).write_text(json.dumps(job.runs.commands, indent=1) + "\n")
     if job.own is not None:
-        shutil.copytree(job.own, job.folder / _OWN)
+        _copy_settings(job.own, job.folder / _OWN, job.run_dir)
     if patch := difference():
         (job.folder / "diff.patch").write_text(patch)
     if job.config is not None:
         (job.folder / "config.yaml").write_text(OmegaConf.to_yaml(job.config, resolve=True))
     (job.folder / SCRIPT).write_text(written(job))
+
+
+def _copy_settings(own: Path, copy: Path, run_dir: Path) -> None:
+    """The YAML of a user's folder, which may hold much else, and the run itself."""
+    inside = [path for path in own.rglob("*.y*ml") if path.is_file()]
+    copy.mkdir()
+    for path in inside:
+        if run_dir.resolve() not in path.resolve().parents:
+            target = copy / path.relative_to(own)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+
+
+def _one_cluster(swept: Sequence[Sequence[str]]) -> list[str]:
+    """Whether the runs of a sweep want the same of SLURM."""
+    asked = {tuple(text for text in words if _CLUSTER.match(text)) for words in swept}
+    return [line("cluster", "", "tasks of an array ask for the same", "sweep other keys")] if len(asked) > 1 else []
 
 
 def _sbatch(path: Path) -> str:
@@ -210,8 +227,8 @@ def refuse_live(run_dir: Path, name: str) -> None:
         live = [state for state in jobs.states(before.job) if state.live] if folder.name == name else []
         if live:
             raise SubmittedError(
-                f"{run_dir}: job {before.job} of it is {live[0].name} - python -m llm cancel {before.name} first, or "
-                "give another run_name"
+                f"{run_dir}: job {before.job} of it is {live[0].name} - "
+                f"python -m llm cancel {jobs.called(run_dir)} first, or give another run_name"
             )
 
 
@@ -300,7 +317,8 @@ def _of_run(kind: Kind, arguments: Sequence[str], after: tuple[str, ...]) -> Bat
         if not after:
             remedy = "--after RUN waits for one that has been submitted"
             raise ConfigError([line(kind, kept[0], "no such directory", remedy)])
-        run_dir = jobs.find(str(run_dir))
+        found = jobs.find(str(run_dir))
+        kept[0], run_dir = str(found / Path(kept[0]).relative_to(run_dir)), found
     if not _NAME.fullmatch(run_dir.name):
         raise ConfigError([line(kind, repr(run_dir.name), "names a job", "letters, digits and . _ - + only")])
     cluster = _sized(cluster_of(compose(asked, elsewhere=lambda cfg: True)), kind)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
@@ -45,6 +45,7 @@ def axis(name: str, texts: Sequence[str]) -> Axis:
     return Axis(name, [of[number] for number in numbers], [(of[number], f"{number:.3g}") for number in shown])
 
 
+@rc_context({"text.parse_math": False})  # a value with two $ is no formula
 def parallel(axes: Sequence[Axis], metric: str, values: Sequence[float], lower_is_better: bool) -> str:
     """Parallel coordinates: each job a line over all keys to its metric; better ones are darker, and in front."""
     figure = Figure(figsize=(max(6.0, 2.0 * len(axes) + 3.0), 4.2), layout="constrained")
@@ -71,6 +72,7 @@ def parallel(axes: Sequence[Axis], metric: str, values: Sequence[float], lower_i
     return _svg(figure)
 
 
+@rc_context({"text.parse_math": False})
 def over_key(name: str, texts: Sequence[str], metric: str, values: Sequence[float], pruned: Sequence[bool]) -> str:
     """The metric of each job over one key; jobs that were ended early are hollow, as they were measured earlier."""
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")

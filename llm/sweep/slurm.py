@@ -85,7 +85,11 @@ class Slurm(Processes):
         except TimeoutError:
             return
         if told:
-            what = f"the jobs go on; the same command waits for them, python -m llm cancel {self.name} ends them"
+            from llm.cluster.jobs import called
+
+            what = (
+                f"the jobs go on; the same command waits for them, python -m llm cancel {called(self.folder)} ends them"
+            )
             raise preempted(what, signal.Signals(told[0]))
 
     def _live(self) -> dict[int, tuple[str, Path]]:

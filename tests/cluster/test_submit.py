@@ -370,6 +370,23 @@ def test_a_sweep_is_hydras(site: Path, capsys: pytest.CaptureFixture[str]) -> No
         submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3", "run_dir=here"])
     with pytest.raises(ConfigError, match=r"optimizer\.lr: 'fast'"):
         submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,fast"])
+    forced = submitting.planned("sweep", [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3", "++run_name=lr"])
+    assert not [text for text in forced.arguments if "run_name" in text], "each is lr/0, lr/1"
+    with pytest.raises(ConfigError, match="cluster: tasks of an array ask for the same - sweep other keys"):
+        submitting.planned("sweep", [*cpu(1, 1), *TINY, "cluster.memory=1G,2G"])
+
+
+@pytest.mark.usefixtures("uncosted")
+def test_a_sweep_over_files_of_ones_own(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "own/optimizer").mkdir(parents=True)
+    shutil.copy(CONF / "optimizer/adamw.yaml", site / "own/optimizer/mine.yaml")
+    swept = ["--config-dir", "own", *cpu(1, 1), *TINY, "optimizer=mine", "optimizer.lr=1e-3,3e-3", "run_name=lr"]
+    job = submitting.planned("sweep", swept)
+    capsys.readouterr()
+    combination(["1", *job.arguments])
+    words = capsys.readouterr().out.split("\0")
+    assert words[:2] == ["--config-dir", str((site / "runs/lr/jobs/sweep/config-dir").absolute())]
+    assert "optimizer.lr=0.003" in words
 
 
 def test_a_submitted_sweep_can_be_reported(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,6 +435,10 @@ def test_a_job_for_everything_else(site: Path) -> None:
     assert submitting.planned("export", ["cluster=cpu", "runs/mean", "out"]).folder == Path("runs/mean.out/jobs/export")
     with pytest.raises(ConfigError, match="no job was submitted for it"):
         submitting.planned("export", ["cluster=cpu", "missing", "out"], after=["nobody"])
+    (site / "runs/there/jobs/train").mkdir(parents=True)
+    for behind in ("", "/checkpoints/step-00000009"):
+        named = submitting.planned("export", ["cluster=cpu", f"there{behind}", "out"], after=["7"])
+        assert (named.arguments, named.run_dir) == ([f"runs/there{behind}", "out"], Path("runs/there"))
 
 
 @pytest.mark.usefixtures("uncosted")
@@ -503,6 +524,13 @@ def test_files_of_ones_own_are_frozen(site: Path) -> None:
     script = (site / "submitted").read_text()
     assert arguments(script)[:2] == ["--config-dir", str(folder / "config-dir")]
     assert directives(script)["cpus-per-task"] == "3"
+    (site / "state").write_text("COMPLETED")
+    (site / "own/notes.bin").touch()
+    submit(["--config-dir", ".", *TINY, *cpu(1, 1), "run_name=below"])
+    copied = site / "runs/below/jobs/train/config-dir"
+    assert (copied / "own/cluster/mine.yaml").exists(), "though the run lies in the folder that is copied"
+    assert not (copied / "own/notes.bin").exists()
+    assert not (copied / "runs/below").exists()
 
 
 def test_the_log_of_a_task_of_an_earlier_array(

@@ -118,7 +118,9 @@ def test_the_page_needs_nothing_else(folder: Path) -> None:
 
 def test_what_users_write_is_not_taken_for_html() -> None:
     record = Record(Path("runs/odd"))
-    record.enter([Job(n, [f"+data.note='<b>{n}</b>'"]) for n in (0, 1)])
+    record.enter([Job(n, [f"+data.note='<b>{n}</b>'", f"+data.other='${{a}}_{n}_${{b}}'"]) for n in (0, 1)])
+    for n in (0, 1):
+        left(record.folder / str(n), exit=END, summary={"steps": 9, "val/loss": 2.5 + n})
     main(["report", "odd"])
     page = Path("runs/odd/report.html").read_text()
     assert "<b>" not in page
