@@ -30,12 +30,14 @@ def begin(run_dir: Path, step: int, world_size: int) -> None:
     """Write down that an attempt begins, at `step`.
 
     Raises:
-        NoProgressError: if this job's last attempts all began there. Another job, or nobody's, may try again.
+        NoProgressError: if this job's last attempts all began there, each of them queued again by itself. Another job,
+            or somebody within one, may try again.
     """
     job, restart = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     begun = [row for row in rows(run_dir) if row["event"] == "begin"]
     last = begun[-IN_A_ROW:]
-    if job is not None and len(last) == IN_A_ROW and all((row["job"], row["step"]) == (job, step) for row in last):
+    queued_again = len({restart, *(row["restart"] for row in last)}) == IN_A_ROW + 1
+    if job is not None and queued_again and all((row["job"], row["step"]) == (job, step) for row in last):
         raise NoProgressError(
             f"{run_dir}: job {job} began at step {step} {IN_A_ROW} times and came no further - attempts.jsonl and the "
             "log say how each ended - mend that, or checkpoint more often (callback.checkpoint.every_n_train_steps), "

@@ -125,6 +125,7 @@ ranks() {
 # Run what the user says in what was allocated; gives the exit code of the run.
 train() {
   local run_dir before begun result
+  [ ! -e "$notes/cancelled" ] || return "$SAVED" # while it was on its way back into the queue
   per_node=$(ranks_per_node) || return "$MISTAKE"
   # The templates' --cpus-per-gpu is for nodes that have any: on others srun would look for them.
   [ -n "${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}" ] || unset SLURM_CPUS_PER_GPU

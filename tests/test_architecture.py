@@ -63,6 +63,7 @@ FLOORS: dict[str, set[str]] = {
     "watch": {"exit", "launch", "signals"},
     "callback": {
         "attempts",
+        "guard",
         "code",
         "launch",
         "watch",
@@ -106,7 +107,7 @@ FLOORS: dict[str, set[str]] = {
     "talk": {"data", "generate", "model", "tokenizer"},
     "evaluate": {"build", "checkpoint", "config", "data", "generate", "metric", "model", "tokenizer"},
     "audit": {"checkpoint", "config", "data", "ledger"},
-    "verify": {"checkpoint", "config", "ledger"},
+    "verify": {"checkpoint", "config", "ledger", "machine"},
     "coordinates": {"agree", "build", "callback", "config", "console", "data", "guard", "machine", "model", "run"},
     "__main__": {
         "audit",

@@ -44,8 +44,10 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
 
 
 def test_no_progress(tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(attempts.IN_A_ROW):
+    for restart in range(attempts.IN_A_ROW):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         attempts.begin(tmp_path, 10, 1)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
     with pytest.raises(attempts.NoProgressError, match="job 12 began at step 10 3 times") as error:
         attempts.begin(tmp_path, 10, 1)
     assert exit_code(error.value) == 70
@@ -53,6 +55,13 @@ def test_no_progress(tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch) 
     attempts.begin(tmp_path, 11, 1)
     monkeypatch.setenv("SLURM_JOB_ID", "13")  # submitted anew
     attempts.begin(tmp_path, 11, 1)
+
+
+def test_within_an_allocation_anybody_may_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of salloc, say, where the job stays the same."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for _ in range(5):
+        attempts.begin(tmp_path, 0, 1)
 
 
 def test_outside_slurm_anybody_may_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,11 +79,15 @@ def test_a_line_that_was_cut_short(tmp_path: Path) -> None:
     assert [row["step"] for row in attempts.rows(tmp_path)] == [0, 3]
 
 
-def test_the_end_of_a_run_that_comes_no_further_is_on_record(compose_run: Compose, tmp_path: Path, job: str) -> None:
+def test_the_end_of_a_run_that_comes_no_further_is_on_record(
+    compose_run: Compose, tmp_path: Path, job: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other ranks leave with 76, and a batch script goes by what is written down."""
     (tmp_path / "run").mkdir()
-    for _ in range(attempts.IN_A_ROW):
+    for restart in range(attempts.IN_A_ROW):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         attempts.begin(tmp_path / "run", 0, 1)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(attempts.IN_A_ROW))
     with pytest.raises(attempts.NoProgressError):
         run(compose_run())
     assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 70

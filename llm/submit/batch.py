@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -94,13 +95,15 @@ def script(job: BatchJob, template: str) -> str:
         variables["LLM_CONTAINER"] = cluster.container
     if job.kind == "sweep":
         variables["LLM_SWEEP_ID"] = job.name
+    comments = list(takewhile(lambda text: text.startswith("#"), body[1:]))
     return "\n".join(
         [
             body[0],
+            *comments,  # a site's options in a form of their own among them: sbatch reads none behind the first command
             *(f"#SBATCH --{name}" + ("" if value is None else f"={_quoted(value)}") for name, value in options.items()),
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             f'set -- {" ".join(map(shlex.quote, job.arguments))} "$@"',
-            *body[1:],
+            *body[1 + len(comments) :],
             "",
         ]
     )
