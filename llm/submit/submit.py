@@ -224,7 +224,10 @@ def refuse_live(run_dir: Path, name: str) -> None:
         SubmittedError: if the run has such a job that has not ended.
     """
     for folder, before in jobs.submissions(run_dir):
-        live = [state for state in jobs.states(before.job) if state.live] if folder.name == name else []
+        same = folder.name == name or (
+            name == "sweep" and before.kind == "sweep"
+        )  # also one that train.py -m has begun
+        live = [state for state in jobs.states(before.job) if state.live] if same else []
         if live:
             raise SubmittedError(
                 f"{run_dir}: job {before.job} of it is {live[0].name} - "

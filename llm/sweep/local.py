@@ -18,6 +18,8 @@ from llm.signals import TOLD, preempted
 from llm.submit.record import Job
 from llm.sweep.launcher import End, Processes, last_line
 
+_DRIVER = Path("/proc/driver/nvidia/gpus")  # a folder for each GPU
+
 
 @dataclass(frozen=True)
 class _Running:
@@ -119,9 +121,13 @@ class Local(Processes):
         """The ids of those that this process may use, of which each place has some."""
         wanted = self.n_jobs * (self.gpus_per_job or 0)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        there = [str(n) for n in range(wanted)] if visible is None else [word for word in visible.split(",") if word]
+        if visible is not None:
+            there, has = [word for word in visible.split(",") if word], f"CUDA_VISIBLE_DEVICES={visible}"
+        else:  # without its driver's list nobody knows how many there are before torch is loaded
+            n_gpus = len(list(_DRIVER.iterdir())) if _DRIVER.is_dir() else wanted
+            there, has = [str(n) for n in range(n_gpus)], f"this machine has {n_gpus}"
         if len(there) < wanted:
-            rule = f"{self.n_jobs} jobs at once take {wanted} GPUs, and CUDA_VISIBLE_DEVICES={visible}"
+            rule = f"{self.n_jobs} jobs at once take {wanted} GPUs, and {has}"
             raise ConfigError([line("hydra.launcher.gpus_per_job", str(self.gpus_per_job), rule, "lower one of them")])
         return there
 

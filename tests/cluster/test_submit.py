@@ -377,6 +377,19 @@ def test_a_sweep_is_hydras(site: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.usefixtures("uncosted")
+def test_a_sweep_that_is_at_work_is_not_begun_again(site: Path) -> None:
+    """Whoever began it: the launcher of train.py -m calls its arrays sweep-0, sweep-1 …"""
+    folder = site / "runs/lr/jobs/sweep-0"
+    folder.mkdir(parents=True)
+    Submission("41", "sweep", "lr", "runs/lr", "now", None, [], 2).write(folder)
+    swept = [*cpu(1, 1), *TINY, "optimizer.lr=1e-3,3e-3", "run_name=lr"]
+    with pytest.raises(submitting.SubmittedError, match="job 41 of it is RUNNING - python -m llm cancel lr first"):
+        submitting.planned("sweep", swept)
+    (site / "state").write_text("COMPLETED")
+    assert submitting.planned("sweep", swept).n_tasks == 2
+
+
+@pytest.mark.usefixtures("uncosted")
 def test_a_sweep_over_files_of_ones_own(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (site / "own/optimizer").mkdir(parents=True)
     shutil.copy(CONF / "optimizer/adamw.yaml", site / "own/optimizer/mine.yaml")

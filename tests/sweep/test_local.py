@@ -41,7 +41,7 @@ def test_a_job_that_fails_ends_no_other_and_what_is_done_is_not_done_again(sweep
     assert "1 mistake" in Path("runs/a/log-1.txt").read_text()
 
 
-def test_what_a_job_is_told(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_job_is_told(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A command line of its own, in Hydra's words; its share of the machine; and the name of no other run."""
     monkeypatch.setenv("LLM_RUN_ID", "outer")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
@@ -58,7 +58,13 @@ def test_what_a_job_is_told(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(ConfigError, match=r"gpus_per_job: 3 - 2 jobs at once take 6 GPUs, and CUDA_VIS"):
         Local("val/loss", 2, 3)._environment(0)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr("llm.sweep.local._DRIVER", tmp_path / "gpus")
     assert [Local("val/loss", 2, 2)._environment(place)["CUDA_VISIBLE_DEVICES"] for place in (0, 1)] == ["0,1", "2,3"]
+    for n in range(3):
+        (tmp_path / "gpus" / str(n)).mkdir(parents=True)
+    assert Local("val/loss", 3, 1)._environment(2)["CUDA_VISIBLE_DEVICES"] == "2"
+    with pytest.raises(ConfigError, match=r"gpus_per_job: 2 - 2 jobs at once take 4 GPUs, and this machine has 3"):
+        Local("val/loss", 2, 2)._environment(0)
 
 
 @pytest.mark.parametrize("n_places", [1, 2, 3, 8])
