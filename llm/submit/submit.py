@@ -224,9 +224,8 @@ def refuse_live(run_dir: Path, name: str) -> None:
         SubmittedError: if the run has such a job that has not ended.
     """
     for folder, before in jobs.submissions(run_dir):
-        same = folder.name == name or (
-            name == "sweep" and before.kind == "sweep"
-        )  # also one that train.py -m has begun
+        # Of a sweep also one that train.py -m has begun, whose arrays have names of their own.
+        same = folder.name == name or (name == "sweep" and before.kind == "sweep")
         live = [state for state in jobs.states(before.job) if state.live] if same else []
         if live:
             raise SubmittedError(
