@@ -14,6 +14,7 @@ from llm.config.mistake import ConfigError, line
 
 # What an option's value may hold: nothing that ends it, or that a shell reads in another way.
 _WORD = re.compile(r"[\w.,:=/@%+*\[\]#-]+")
+_EXPRESSION = re.compile(r"[\w.,:=/@%+*\[\]#&|()!-]+")  # of features, as --constraint has it; read by sbatch alone
 _TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 _OURS = {
     "account": "cluster.account",
@@ -155,7 +156,7 @@ class Slurm:
                 problems.append(
                     f"{key}: {value!r} - no long name of an option - write it as sbatch --help does, without --"
                 )
-            elif value is not True and (value is None or value is False or not _WORD.fullmatch(str(value))):
+            elif value is not True and (value is None or value is False or not _EXPRESSION.fullmatch(str(value))):
                 problems.append(f"{key}: {value!r} - sbatch takes a word - true for an option without a value")
         return problems
 

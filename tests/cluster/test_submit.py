@@ -516,13 +516,15 @@ def test_what_sbatch_would_misread(tmp_path: Path, site: Path, monkeypatch: pyte
     odd.mkdir()
     monkeypatch.chdir(odd)
     template = "#!/bin/bash\n#SBATCH --signal=USR1@300\n#SBATCH -A theirs\n#SBATCH --comment=x # why\ntrue\n"
-    job = BatchJob("train", "n", Path("runs/n"), [], Slurm(tasks_per_node=1, time="5:00", warning_s=0))
+    options = {"constraint": "(a100|h100)&nvlink"}
+    job = BatchJob("train", "n", Path("runs/n"), [], Slurm(tasks_per_node=1, time="5:00", warning_s=0, options=options))
     rows = script(job, template).splitlines()
     assert f'#SBATCH --chdir="{odd}"' in rows
     assert f'#SBATCH --output="{str(odd).replace("%", "%%")}/runs/n/jobs/train/log.txt"' in rows
     read = rows[: next(n for n, row in enumerate(rows) if not row.startswith("#"))]  # sbatch stops there
     assert "#SBATCH -A theirs" in read
     assert "#SBATCH --comment=x # why" in read
+    assert '#SBATCH --constraint="(a100|h100)&nvlink"' in read
     assert not [row for row in rows if "--signal" in row]
 
 
