@@ -276,8 +276,11 @@ def test_wandb_mode_disabled_leaves_no_wandb_run(
 def test_what_is_monitored_is_measured(compose_run: Compose, tmp_path: Path) -> None:
     """Until it is the newest step is saved all the same; what never will be is said at the first validation."""
     monitor = ["callback.checkpoint.mode=min", "callback.checkpoint.every_n_train_steps=2"]
-    with pytest.raises(ConfigError, match=r"callback\.checkpoint\.monitor: val/los - is not measured .*val/loss"):
+    with pytest.raises(
+        ConfigError, match=r"callback\.checkpoint\.monitor: val/los - is not measured .*val/loss"
+    ) as told:
         run(compose_run(*monitor, "callback.checkpoint.monitor=val/los", "trainer.val_check_interval=5"))
+    assert "nothing was started" not in str(told.value), "it was"
     names = lambda: sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())  # noqa: E731
     assert names() == ["step-00000004"]
     unmeasured = ["callback.checkpoint.monitor=val/loss", "data.val_every=null", f"run_dir={tmp_path / 'blind'}"]

@@ -141,6 +141,11 @@ def test_parameters_memory_and_table() -> None:
 KIND_NAMES = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "buffers")
 
 
+@pytest.mark.parametrize("memory", ["64G", "64g", "65536", "67108864K"])
+def test_memory_is_read_as_sbatch_reads_it(memory: str) -> None:
+    assert planned([*RUN, "cluster=cpu", "cluster.tasks_per_node=1", f"cluster.memory={memory}"]).memory_bytes == 2**36
+
+
 def test_time_is_that_of_the_model_of_scaling() -> None:
     """One device: compute and update, nothing else."""
     found = planned([*RUN, "trainer.max_steps=1000"])

@@ -280,6 +280,30 @@ def test_a_job_runs_its_frozen_code(tmp_path: Path) -> None:
     assert told.stdout == "frozen\n"
 
 
+def test_a_task_that_comes_back_cancelled_does_not_train(tmp_path: Path) -> None:
+    """It was on its way into the queue when `cancel` looked for it."""
+    (tmp_path / "cancelled").touch()
+    (tmp_path / "slurm").mkdir()
+    shutil.copy(CONF.parent / "slurm" / "job.sh", tmp_path / "slurm")
+    (tmp_path / "slurm" / "env.sh").touch()
+    environment = {**os.environ, "LLM_CODE": str(tmp_path), "LLM_JOB_FOLDER": str(tmp_path)}
+    program = 'source "$LLM_CODE/slurm/job.sh"; train; echo $?'
+    told = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert (told.stdout, told.stderr) == ("75\n", "")
+
+
+def test_how_an_evaluation_ended_is_not_how_the_training_did(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = site / "runs/big/jobs/evaluate"
+    folder.mkdir(parents=True)
+    (site / "runs/big/exit.json").write_text('{"code": 0, "cause": "finished"}')
+    Submission("42", "evaluate", "evaluate-big", "runs/big", "now", None, [], None).write(folder)
+    (site / "state").write_text("FAILED")
+    status(["big"])
+    told = capsys.readouterr().out
+    assert "FAILED" in told
+    assert "finished" not in told
+
+
 def test_without_sbatch(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="sbatch: is not here - submit on a login node"):
