@@ -116,18 +116,17 @@ def picture(results: Mapping[str, Sequence[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    judged = [(f"{name}: {row.case}", row) for name, rows in results.items() for row in rows if row.bar is not None]
-    judged = [(label, row) for label, row in judged if row.bar is not None and row.bar.value > 0 < row.value.median]
-    edge = 1.5 * max((_beside(row.bar, row.value.median) for _, row in judged if row.bar is not None), default=1.0)
+    rows = [(f"{name}: {row.case}", row.bar, row.value) for name, rows in results.items() for row in rows]
+    judged = [(label, bar, value) for label, bar, value in rows if bar is not None and min(bar.value, value.median) > 0]
+    edge = 1.5 * max((_beside(bar, value.median) for _, bar, value in judged), default=1.0)
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.32 * max(1, len(judged))))
-    for place, (_, row) in enumerate(reversed(judged)):
-        assert row.bar is not None
-        points = sorted(_beside(row.bar, value) for value in (row.value.low, row.value.median, row.value.high))
-        good = row.bar.met(row.value.median)
-        axis.plot([points[0], min(points[2], edge)], [place, place], color="tab:green" if good else "tab:red")
-        axis.plot([points[1]], [place], "o", color="tab:green" if good else "tab:red")
+    for place, (_, bar, value) in enumerate(reversed(judged)):
+        points = sorted(_beside(bar, each) for each in (value.low, value.median, value.high))
+        colour = "tab:green" if bar.met(value.median) else "tab:red"
+        axis.plot([points[0], min(points[2], edge)], [place, place], color=colour)
+        axis.plot([points[1]], [place], "o", color=colour)
     axis.axvline(1.0, color="grey", linestyle="--")
-    axis.set_yticks(range(len(judged)), [f"{label} ({row.bar})" for label, row in reversed(judged)], fontsize=8)
+    axis.set_yticks(range(len(judged)), [f"{label} ({bar})" for label, bar, _ in reversed(judged)], fontsize=8)
     axis.set(xscale="log", xlabel="median, least and largest round over the bar;\nof what is to be small, bar over it")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")

@@ -71,4 +71,5 @@ def beside(run: Path) -> Path:
     NAME.out beside those, as a checkpoint with another file in it is taken for a damaged one."""
     if run.parent.name == "checkpoints":
         return run.parents[1]
+    # llm.checkpoint.manifest's name for it; to import that takes torch.
     return run.with_name(f"{run.name}.out") if (run / "MANIFEST.json").is_file() else run

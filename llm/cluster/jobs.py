@@ -125,7 +125,7 @@ def find(name: str, root: Path = Path("runs")) -> Path:
     for run_dir in (root / name, Path(name)):
         if (run_dir / FOLDER).is_dir():
             return run_dir
-    known = [str(path.relative_to(root)) for path in run_dirs(root)]
+    known = [called(path, root) for path in run_dirs(root)]
     remedy = did_you_mean(nearest(name, known)) or "python -m llm status lists those of runs/"
     raise ConfigError([line("run", name, f"no job was submitted for it from {Path.cwd()}", remedy)])
 

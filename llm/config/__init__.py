@@ -6,7 +6,7 @@ check(cfg)                                              # a configuration compos
 """
 
 from llm.config.check import check
-from llm.config.command_line import check_overrides, quoted
+from llm.config.command_line import check_overrides, quoted, split_flags
 from llm.config.mistake import ConfigError, refuse
 from llm.config.online import wandb_offline
 from llm.config.schema import Run, given_run_id, job_run_id, made_run_id, register, run_id
@@ -23,5 +23,6 @@ __all__ = [
     "refuse",
     "register",
     "run_id",
+    "split_flags",
     "wandb_offline",
 ]

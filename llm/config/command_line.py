@@ -62,6 +62,16 @@ def quoted(value: Any) -> str:
     return text if re.fullmatch(r"[A-Za-z0-9_./-]+", text) else QuotedString(text, Quote.single).with_quotes()
 
 
+def split_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Of a command line the flags that say where configurations are, each with its value, and those that Hydra has not;
+    and the overrides."""
+    given, unknown = get_args_parser().parse_known_args(list(argv))
+    named = {"--config-path": given.config_path, "--config-name": given.config_name, "--config-dir": given.config_dir}
+    flags = [word for flag, value in named.items() if value is not None for word in (flag, value)]
+    strange = [text for text in unknown if text.startswith("-")]
+    return [*flags, *strange], [*given.overrides, *(text for text in unknown if text not in strange)]
+
+
 class _Composer:
     """Hydra's own loader over the search path that `hydra.main` will use."""
 

@@ -7,11 +7,11 @@ import re
 import sys
 from collections.abc import Sequence
 
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from llm.config.command_line import split_flags
 from llm.config.mistake import ConfigError, line
 from llm.launch.place import Place
 
@@ -65,10 +65,8 @@ def arguments_of_job(argv: Sequence[str], hydra: Sequence[str], number: int, ove
         number: of the job, which a run_dir of the user's may name.
         overrides: of the job.
     """
-    given, _ = get_args_parser().parse_known_args(list(argv))
-    flags = {"--config-path": given.config_path, "--config-name": given.config_name, "--config-dir": given.config_dir}
     return [
-        *(word for flag, value in flags.items() if value is not None for word in (flag, value)),
+        *split_flags(argv)[0],
         *(override for override in hydra if not _SWEEP.match(override)),
         f"hydra.job.num={number}",
         *overrides,

@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from llm.config.mistake import ConfigError, line
-
-
-def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags with their values, such as --config-dir, and the overrides."""
-    given, unknown = get_args_parser().parse_known_args(list(arguments))
-    overrides = [*given.overrides, *(text for text in unknown if not text.startswith("-"))]
-    return [text for text in arguments if text not in overrides], overrides
 
 
 def combinations(overrides: Sequence[str]) -> list[list[str]]:

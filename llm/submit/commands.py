@@ -42,8 +42,8 @@ def where(arguments: Sequence[str]) -> None:
 
 def combination(arguments: Sequence[str]) -> None:
     """Print the overrides of one run of a sweep, each followed by a NUL: what slurm/sweep.sbatch asks for its task."""
-    from llm.config import ConfigError
-    from llm.submit.combinations import combinations, split_flags
+    from llm.config import ConfigError, split_flags
+    from llm.submit.combinations import combinations
 
     parser = Parser("python -m llm combination", description=combination.__doc__)
     parser.add_argument("number", type=int, help="of the run, counted from 0 as python train.py -m does")

@@ -25,11 +25,11 @@ from llm.cluster import jobs, partition
 from llm.cluster.slurm import Slurm, cluster_of
 from llm.code import commit, copy_code, difference
 from llm.command import beside, compose
-from llm.config import ConfigError, made_run_id
+from llm.config import ConfigError, made_run_id, split_flags
 from llm.config.mistake import line
 from llm.exit import EXISTS
 from llm.submit.batch import RUNS, SCRIPT, BatchJob, Kind, Runs, written
-from llm.submit.combinations import combinations, split_flags
+from llm.submit.combinations import combinations
 from llm.submit.record import Job, Record
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ def planned(
     name = _named(cfg, kind)
     run_dir = Path(cfg.run_dir) if kind == "train" else Path("runs") / name.name
     refuse_live(run_dir, kind)
-    mistakes = [*_following(arguments), *name.mistakes, *_one_cluster(swept or [])]
+    asked = [[text for text in words if _CLUSTER.match(text)] for words in swept or []]
+    mistakes = [*_following(arguments), *name.mistakes, *_one_cluster(asked)]
     cost = None
     if kind != "prepare":
         cost, wrong = _examined(cfg, costs=not mistakes)
@@ -101,9 +102,7 @@ def array(
         ConfigError: with everything that can be told to be wrong with one of them before the job starts.
     """
     clusters = [cluster_of(cfg) for cfg in configs]
-    mistakes = _nameable(name, run_dir)
-    if any(cluster != clusters[0] for cluster in clusters):
-        mistakes.append(line("cluster", "", "tasks of an array ask for the same", "sweep other keys"))
+    mistakes = [*_nameable(name, run_dir), *_one_cluster(clusters)]
     names = (f"sweep-{min(commands)}{f'-{n}' * bool(n)}" for n in count())
     label = next(name for name in names if not (run_dir / jobs.FOLDER / name).exists())
     folder, own = run_dir / jobs.FOLDER / label, None
@@ -195,10 +194,10 @@ def _copy_settings(own: Path, copy: Path, run_dir: Path) -> None:
             shutil.copy(path, target)
 
 
-def _one_cluster(swept: Sequence[Sequence[str]]) -> list[str]:
-    """Whether the runs of a sweep want the same of SLURM."""
-    asked = {tuple(text for text in words if _CLUSTER.match(text)) for words in swept}
-    return [line("cluster", "", "tasks of an array ask for the same", "sweep other keys")] if len(asked) > 1 else []
+def _one_cluster(asked: Sequence[object]) -> list[str]:
+    """Whether the runs of an array ask SLURM for the same."""
+    same = all(one == asked[0] for one in asked)
+    return [] if same else [line("cluster", "", "tasks of an array ask for the same", "sweep other keys")]
 
 
 def _sbatch(path: Path) -> str:

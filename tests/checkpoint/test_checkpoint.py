@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors import torch as safetensors
 
 from llm.checkpoint import (
     CheckpointError,
@@ -79,7 +80,6 @@ def test_a_checkpoint_is_what_was_saved_and_nothing_else(tmp_path: Path) -> None
 
 
 def test_the_tensors_are_a_safetensors_file(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch", reason="comes with the extra huggingface")
     tensors = {
         "matrix": torch.randn(5, 3),
         "half": torch.randn(7).bfloat16(),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import torch as safetensors
 from torch import nn
 
 from llm.__main__ import main
@@ -19,7 +20,6 @@ from llm.model import Source, Transformer, TransformerConfig
 from llm.tokenizer import ByteLevelBPE
 
 transformers = pytest.importorskip("transformers", reason="comes with the extra huggingface")
-safetensors = pytest.importorskip("safetensors.torch", reason="comes with the extra huggingface")
 
 V = 300
 SMALL = {"vocab_size": V, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import torch as safetensors
 from torch import nn
 
 from llm.checkpoint import CheckpointError, export_folder, huggingface, import_folder, load_into, read_tensors
@@ -16,7 +17,6 @@ from llm.checkpoint.load import stored
 from llm.model import Source, Transformer, TransformerConfig
 
 transformers = pytest.importorskip("transformers", reason="comes with the extra huggingface")
-safetensors = pytest.importorskip("safetensors.torch", reason="comes with the extra huggingface")
 
 V = 61
 LLAMA = {

@@ -262,18 +262,22 @@ def test_refused_together(site: Path) -> None:
     assert len(refused.value.mistakes) == 3
 
 
-@pytest.mark.usefixtures("uncosted")
+def with_job_script(code: Path) -> Path:
+    """A folder of code whose site needs nothing."""
+    (code / "slurm").mkdir()
+    shutil.copy(CONF.parent / "slurm" / "job.sh", code / "slurm")
+    (code / "slurm" / "env.sh").touch()
+    return code
+
+
 def test_a_job_runs_its_frozen_code(tmp_path: Path) -> None:
     """Not that of the folder it was submitted from, which python -m would take."""
     for name in ("live", "frozen"):
         (tmp_path / name / "llm").mkdir(parents=True)
         (tmp_path / name / "llm" / "__init__.py").touch()
         (tmp_path / name / "llm" / "__main__.py").write_text(f"print({name!r})")
-    (tmp_path / "frozen" / "slurm").mkdir()
-    shutil.copy(CONF.parent / "slurm" / "job.sh", tmp_path / "frozen" / "slurm")
-    (tmp_path / "frozen" / "slurm" / "env.sh").touch()
     program = 'set -u; source "$LLM_CODE/slurm/job.sh"; inside=() pyxis=(); llm where'
-    environment = {**os.environ, "LLM_CODE": str(tmp_path / "frozen"), "PYTHONPATH": ""}
+    environment = {**os.environ, "LLM_CODE": str(with_job_script(tmp_path / "frozen")), "PYTHONPATH": ""}
     told = subprocess.run(
         ["bash", "-c", program], cwd=tmp_path / "live", env=environment, capture_output=True, text=True, check=True
     )
@@ -283,10 +287,7 @@ def test_a_job_runs_its_frozen_code(tmp_path: Path) -> None:
 def test_a_task_that_comes_back_cancelled_does_not_train(tmp_path: Path) -> None:
     """It was on its way into the queue when `cancel` looked for it."""
     (tmp_path / "cancelled").touch()
-    (tmp_path / "slurm").mkdir()
-    shutil.copy(CONF.parent / "slurm" / "job.sh", tmp_path / "slurm")
-    (tmp_path / "slurm" / "env.sh").touch()
-    environment = {**os.environ, "LLM_CODE": str(tmp_path), "LLM_JOB_FOLDER": str(tmp_path)}
+    environment = {**os.environ, "LLM_CODE": str(with_job_script(tmp_path)), "LLM_JOB_FOLDER": str(tmp_path)}
     program = 'source "$LLM_CODE/slurm/job.sh"; train; echo $?'
     told = subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert (told.stdout, told.stderr) == ("75\n", "")
@@ -304,6 +305,7 @@ def test_how_an_evaluation_ended_is_not_how_the_training_did(site: Path, capsys:
     assert "finished" not in told
 
 
+@pytest.mark.usefixtures("uncosted")
 def test_without_sbatch(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="sbatch: is not here - submit on a login node"):
